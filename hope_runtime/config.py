@@ -1,0 +1,125 @@
+"""The shape of a model and of its learning, validated once, when it is made.
+
+A Llama-family model served as HOPE is the same numbers as its checkpoint plus `window`, `sinks`
+and `levels`: which MLPs belong to which level of the Continuum Memory System.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the value and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class LevelConfig:
+    """One level of the CMS: some blocks' MLPs that learn every `chunk` tokens.
+
+    `delta <- retain * delta - rate * clip(gradient)`; the gradient is that of the mean
+    next-token loss over the chunk's learnable tokens (paper eq. 71 with f = gradient descent),
+    its global norm clipped to `clip`, so that ||delta|| <= rate * clip / (1 - retain) for ever.
+    """
+
+    name: str
+    chunk: int
+    blocks: tuple[int, ...]
+    rate: float
+    retain: float
+    clip: float = 1.0
+    bound: float = 0.05  # refuse a delta whose norm passes this share of the base weights' norm
+
+    def __post_init__(self) -> None:
+        if self.chunk < 2:
+            raise ConfigError(f"level {self.name!r}: chunk {self.chunk} must be at least 2 tokens")
+        if not self.blocks:
+            raise ConfigError(f"level {self.name!r} has no blocks")
+        if not 0.0 <= self.rate:
+            raise ConfigError(f"level {self.name!r}: rate {self.rate} must not be negative")
+        if not 0.0 < self.retain <= 1.0:
+            raise ConfigError(f"level {self.name!r}: retain {self.retain} must be in (0, 1]")
+        if not self.clip > 0.0 or not self.bound > 0.0:
+            raise ConfigError(f"level {self.name!r}: clip and bound must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryScaling:
+    """Frequency scaling of Llama 3.1 checkpoints (`rope_type: llama3`) or plain `linear`."""
+
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in {"linear", "llama3"}:
+            raise ConfigError(
+                f"rotary scaling {self.kind!r} is not supported; supported: linear, llama3"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class HopeConfig:
+    """A model: `blocks` of windowed attention and a gated MLP, some of them CMS levels."""
+
+    vocabulary: int
+    width: int
+    blocks: int
+    heads: int
+    key_heads: int
+    head_width: int
+    hidden: int  # inner width of the MLPs
+    norm_eps: float
+    rotary_base: float
+    rotary_scaling: RotaryScaling | None = None
+    tied_head: bool = True
+    attention_bias: bool = False  # on query, key and value (Qwen2)
+    query_key_norm: bool = False  # RMS norm per head before rotation (Qwen3)
+    window: int = 1024
+    sinks: int = 4
+    levels: tuple[LevelConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "width", "blocks", "heads", "key_heads", "head_width", "hidden"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.heads % self.key_heads:
+            raise ConfigError(f"{self.heads} heads cannot share {self.key_heads} key heads")
+        if self.head_width % 2:
+            raise ConfigError(f"head_width {self.head_width} must be even to be rotated")
+        if self.window < 2 or self.sinks < 0:
+            raise ConfigError(f"window {self.window} must be >= 2 and sinks {self.sinks} >= 0")
+        taken: dict[int, str] = {}
+        for level in self.levels:
+            if level.chunk > self.window // 2:
+                raise ConfigError(
+                    f"level {level.name!r}: chunk {level.chunk} needs a window of at least "
+                    f"{2 * level.chunk}, not {self.window}"
+                )
+            for block in level.blocks:
+                if not 0 <= block < self.blocks:
+                    raise ConfigError(
+                        f"level {level.name!r}: block {block} is not one of 0..{self.blocks - 1}"
+                    )
+                if block in taken:
+                    raise ConfigError(
+                        f"block {block} is in level {taken[block]!r} and in {level.name!r}"
+                    )
+                taken[block] = level.name
+        if len({level.name for level in self.levels}) != len(self.levels):
+            raise ConfigError("two levels have the same name")
+
+    @property
+    def first_level_block(self) -> int:
+        """The lowest block that learns; everything below it is the same for all sessions."""
+        return min((b for level in self.levels for b in level.blocks), default=self.blocks)
+
+    @property
+    def longest_chunk(self) -> int:
+        return max((level.chunk for level in self.levels), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
