@@ -1,0 +1,61 @@
+"""The tensors that a configuration asks for, by our names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hope_runtime.config import HopeConfig
+from hope_runtime.weights.checkpoint import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+def shapes(config: HopeConfig) -> Iterator[tuple[str, Shape]]:
+    """Yield name and shape of every tensor; lazily, as a crafted file may claim many blocks."""
+    yield "embedding", (config.vocabulary, config.width)
+    for block in range(config.blocks):
+        for part, shape in _block(config):
+            yield f"blocks.{block}.{part}", shape
+    yield "norm", (config.width,)
+    if not config.tied_head:
+        yield "head", (config.vocabulary, config.width)
+
+
+def _block(config: HopeConfig) -> Iterator[tuple[str, Shape]]:
+    width, hidden = config.width, config.hidden
+    queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
+    yield "attention_norm", (width,)
+    yield "query", (queries, width)
+    yield "key", (keys, width)
+    yield "value", (keys, width)
+    yield "output", (width, queries)
+    if config.attention_bias:
+        yield "query_bias", (queries,)
+        yield "key_bias", (keys,)
+        yield "value_bias", (keys,)
+    if config.query_key_norm:
+        yield "query_norm", (config.head_width,)
+        yield "key_norm", (config.head_width,)
+    yield "mlp_norm", (width,)
+    yield "gate", (hidden, width)
+    yield "up", (hidden, width)
+    yield "down", (width, hidden)
+
+
+def require(path: Path, config: HopeConfig, found: Mapping[str, Shape]) -> list[str]:
+    """Return the names of all tensors of a model, each `found` in its file with its shape."""
+    names = []
+    for name, shape in shapes(config):
+        if name not in found:
+            raise CheckpointError(
+                f"{path}: the tensor for {name!r} is missing; the file is incomplete or of "
+                "another family: download it again or choose another"
+            )
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{path}: the tensor for {name!r} has shape {list(found[name])}, but the "
+                f"configuration asks for {list(shape)}; download the model again"
+            )
+        names.append(name)
+    return names
