@@ -1,0 +1,53 @@
+"""When levels learn: integers only, a function of the token stream alone.
+
+Chunk boundaries fall at absolute multiples of a level's chunk length, however the stream was
+split into calls. A chunk [start, end) is due when its last token has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hope_runtime.config import HopeConfig
+
+
+class Due(NamedTuple):
+    """A chunk that is complete and waits for its consolidation."""
+
+    level: str
+    start: int
+    end: int
+
+
+def until_boundary(position: int, config: HopeConfig) -> int | None:
+    """Return how many tokens may be read before the next boundary of any level.
+
+    >>> from hope_runtime.weights.random import tiny_config
+    >>> [until_boundary(p, tiny_config()) for p in (0, 7, 8, 15)]
+    [8, 1, 8, 1]
+    """
+    return min((level.chunk - position % level.chunk for level in config.levels), default=None)
+
+
+def completed(start: int, end: int, config: HopeConfig) -> list[Due]:
+    """Return the chunks whose last token is in [start, end), in the order they are applied.
+
+    At a shared boundary the slowest level goes first: what it learns is there before the
+    faster ones refine it.
+    """
+    found = [
+        Due(level.name, last - level.chunk, last)
+        for level in config.levels
+        for last in range((start // level.chunk + 1) * level.chunk, end + 1, level.chunk)
+    ]
+    chunk = {level.name: level.chunk for level in config.levels}
+    return sorted(found, key=lambda due: (due.end, -chunk[due.level]))
+
+
+def horizon(position: int, due: Sequence[Due], config: HopeConfig) -> int:
+    """Return the first position that attention or a pending chunk can still look at."""
+    longest = config.longest_chunk
+    begun = position - position % longest if longest else position
+    pending = min([begun, *(d.start for d in due)])
+    return pending - config.window - 1  # a chunk's first target is predicted by the token before

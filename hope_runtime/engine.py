@@ -1,0 +1,365 @@
+"""The engine: many sessions, one batch. Submit jobs, call `step` until `idle`, read the facts.
+
+It owns the lanes and nothing else: a session's state comes in with its job and goes out with
+its `Finished`. One thread calls it; it knows no clock but the one it is given, no text but
+what the job's tokenizer says, and no wire.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hope_runtime import sampling
+from hope_runtime.cadence import completed, until_boundary
+from hope_runtime.consolidation import consolidate, learnable
+from hope_runtime.lanes import Lanes
+from hope_runtime.layers.cms import Deltas
+from hope_runtime.model import Hope, Read
+from hope_runtime.reply import Reply
+from hope_runtime.report import (
+    Dropped,
+    Fact,
+    Failed,
+    Finished,
+    Learned,
+    Phase,
+    Reason,
+    Said,
+    Stepped,
+)
+from hope_runtime.sampling import Sampling
+from hope_runtime.state import Piece, State, compact, extend, trim
+from hope_runtime.tokenizer import Tokenizer
+
+READ_ALONE = 256  # tokens read per step while nobody is being answered
+READ_SHARED = 64  # and while someone is: a stream may not starve behind a document
+
+
+class NotFinite(RuntimeError):
+    """The session's own model gave no usable probabilities; nothing of the turn is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A job: read `given`, then say up to `most` tokens.
+
+    `given` and `closing` are (token, loss weight); closing is the markup that ends the reply,
+    read with the next turn. With `learn` off no chunk falls due.
+    """
+
+    id: str
+    state: State
+    given: tuple[tuple[int, float], ...]
+    closing: tuple[tuple[int, float], ...]
+    most: int
+    said_weight: float
+    sampling: Sampling
+    stops: tuple[str, ...]
+    learn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Consolidation:
+    """A job: apply the chunks that `state` has due."""
+
+    id: str
+    state: State
+
+
+@dataclass(slots=True)
+class _Seat:
+    """A turn on a lane."""
+
+    turn: Turn
+    state: State
+    unread: deque[tuple[int, float]]
+    deltas: Deltas
+    reply: Reply
+    source: torch.Generator
+    history: list[int]
+    hidden: Tensor | None = None  # of the last given token, from which the first word is drawn
+    next: int | None = None  # said, not yet read
+    surprise: float = 0.0
+    said: int = 0
+    read: int = 0
+
+
+class Engine:
+    """Continuous batching: those who speak sit first, those who still read behind them."""
+
+    def __init__(
+        self, model: Hope, tokenizer: Tokenizer, *, lanes: int, clock: Callable[[], float]
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._lanes = Lanes(model, lanes)
+        self._clock = clock
+        self._waiting: deque[Turn] = deque()
+        self._sleeping: deque[Consolidation] = deque()
+        self._seats: list[_Seat] = []
+        self._speaking = 0
+        self._turn_to_work = 0
+        self._cancelled: dict[str, bool] = {}
+
+    @property
+    def idle(self) -> bool:
+        return not (self._waiting or self._sleeping or self._seats)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def lane_bytes(self) -> int:
+        return self._lanes.bytes
+
+    def submit(self, job: Turn | Consolidation) -> None:
+        """Queue a job; its facts come out of later steps."""
+        if isinstance(job, Turn):
+            self._waiting.append(job)
+        else:
+            self._sleeping.append(job)
+
+    def cancel(self, job: str, *, keep: bool) -> None:
+        """End a job at the next step; with `keep`, what was said so far is the reply."""
+        self._cancelled[job] = keep
+
+    def abandon(self, error: Exception) -> list[Fact]:
+        """Drop every job (a pass failed in a way that concerns them all)."""
+        jobs = [*(s.turn.id for s in self._seats), *(t.id for t in self._waiting)]
+        jobs += [c.id for c in self._sleeping]
+        self._waiting.clear()
+        self._sleeping.clear()
+        self._seats.clear()
+        self._speaking = 0
+        return [Failed(job, error) for job in jobs]
+
+    @torch.no_grad()
+    def step(self) -> list[Fact]:
+        """Let everyone who speaks say a token, then do one piece of reading or consolidation."""
+        facts: list[Fact] = [*self._apply_cancels()]
+        self._admit()
+        facts += self._speak()
+        facts += self._work()
+        return facts
+
+    # --- who is where -------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._seats) < self._lanes.count:
+            turn = self._waiting.popleft()
+            self._lanes.load(len(self._seats), turn.state)
+            self._seats.append(
+                _Seat(
+                    turn=turn,
+                    state=replace(turn.state, carry=()),
+                    unread=deque([*turn.state.carry, *turn.given]),
+                    deltas=self._working(turn.state),
+                    reply=Reply(self._tokenizer, turn.stops),
+                    source=sampling.generator(turn.sampling),
+                    history=[token for token, _ in turn.given],
+                )
+            )
+
+    def _working(self, state: State) -> Deltas:
+        """Return the session's deltas as the batch uses them: on the device, in its precision."""
+        model = self._model
+        return {name: d.to(model.device, model.dtype) for name, d in state.deltas.items()}
+
+    def _promote(self, row: int) -> None:
+        """Move a seat that has read everything to the speakers."""
+        seats, place = self._seats, self._speaking
+        self._lanes.swap(row, place)
+        seats[row], seats[place] = seats[place], seats[row]
+        self._speaking += 1
+
+    def _leave(self, row: int) -> None:
+        """Free a seat; the last speaker, then the last reader, close the gap."""
+        if row < self._speaking:
+            self._speaking -= 1
+            self._move(self._speaking, row)
+            row = self._speaking
+        self._move(len(self._seats) - 1, row)
+        self._seats.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        self._lanes.move(source, target)
+        self._seats[target] = self._seats[source]
+
+    def _apply_cancels(self) -> Iterator[Fact]:
+        cancelled, self._cancelled = self._cancelled, {}
+        for job, keep in cancelled.items():
+            row = next((i for i, s in enumerate(self._seats) if s.turn.id == job), None)
+            if row is not None:
+                if keep and self._seats[row].said:
+                    yield self._finish(row, Reason.CANCELLED)
+                else:
+                    self._leave(row)
+                    yield Dropped(job)
+            elif any(turn.id == job for turn in self._waiting):
+                self._waiting = deque(turn for turn in self._waiting if turn.id != job)
+                yield Dropped(job)
+
+    # --- speaking -----------------------------------------------------------------------------
+
+    def _speak(self) -> list[Fact]:
+        if not self._speaking:
+            return []
+        began = self._clock()
+        seats = self._seats[: self._speaking]
+        tokens = [seat.next for seat in seats if seat.next is not None]
+        read = self._pass(torch.tensor(tokens)[:, None], 0, seats)
+        logits = self._model.logits(read.hidden[:, -1])
+        for row, seat in enumerate(seats):
+            self._extend(seat, read, row, [tokens[row]], [seat.turn.said_weight])
+        facts: list[Fact] = []
+        for row in reversed(range(len(seats))):  # from the last, since a leaver changes the rows
+            facts += self._say(row, logits[row])
+        took = self._clock() - began
+        return [*facts, Stepped(Phase.DECODE, len(seats), len(seats), took)]
+
+    def _say(self, row: int, logits: Tensor) -> Iterator[Fact]:
+        """Draw the next token of a seat that speaks; it may be its last."""
+        seat = self._seats[row]
+        if not bool(logits.isfinite().all()):
+            self._leave(row)
+            yield Failed(seat.turn.id, NotFinite("the model's probabilities are not finite"))
+            return
+        token, surprise = sampling.sample(logits, seat.history, seat.turn.sampling, seat.source)
+        seat.surprise += surprise
+        if token in self._tokenizer.stop_ids:
+            seat.next = None
+            yield self._finish(row, Reason.STOP)
+            return
+        seat.said += 1
+        seat.next = token
+        seat.history.append(token)
+        yield Said(seat.turn.id, seat.reply.push(token), surprise)
+        if seat.reply.stopped:
+            seat.next = None  # the stop string is not part of the reply
+            yield self._finish(row, Reason.STOP)
+        elif seat.said >= seat.turn.most:
+            yield self._finish(row, Reason.LENGTH)
+
+    def _finish(self, row: int, reason: Reason) -> Finished:
+        seat = self._seats[row]
+        turn = seat.turn
+        unread = [] if seat.next is None else [(seat.next, turn.said_weight)]
+        self._leave(row)
+        state = compact(seat.state, turn.state.position, self._model.config)
+        drawn = seat.said + (reason is Reason.STOP and not seat.reply.stopped)
+        return Finished(
+            turn.id,
+            replace(state, carry=(*unread, *turn.closing)),
+            reason,
+            "" if seat.reply.stopped else seat.reply.flush(),
+            seat.read,
+            seat.said,
+            seat.surprise / drawn if drawn else None,
+        )
+
+    # --- reading and consolidating ------------------------------------------------------------
+
+    def _work(self) -> list[Fact]:
+        """Do one piece of work for one of those who wait for it, in turn."""
+        readers = range(self._speaking, len(self._seats))
+        count = len(readers) + bool(self._sleeping)
+        if not count:
+            return []
+        self._turn_to_work += 1
+        pick = self._turn_to_work % count
+        if pick == len(readers):
+            return self._sleep()
+        row = readers[pick]
+        if self._seats[row].state.due:
+            return self._consolidate(row)
+        return self._read(row)
+
+    def _read(self, row: int) -> list[Fact]:
+        began = self._clock()
+        seat = self._seats[row]
+        limit = READ_SHARED if self._speaking else READ_ALONE
+        limit = min(limit, self._model.config.window)
+        if seat.turn.learn:
+            limit = min(limit, until_boundary(seat.state.position, self._model.config) or limit)
+        part = [seat.unread.popleft() for _ in range(min(limit, len(seat.unread)))]
+        tokens, weights = [token for token, _ in part], [weight for _, weight in part]
+        read = self._pass(torch.tensor([tokens]), row, [seat])
+        self._extend(seat, read, 0, tokens, weights)
+        seat.read += len(part)
+        seat.hidden = read.hidden[0, -1]
+        facts = [*self._begin(row)]
+        took = self._clock() - began
+        return [*facts, Stepped(Phase.PREFILL, 1, len(part), took)]
+
+    def _begin(self, row: int) -> Iterator[Fact]:
+        """Once all is read and consolidated, draw the first token, or end a turn that has none."""
+        seat = self._seats[row]
+        if seat.unread or seat.state.due or seat.hidden is None:
+            return
+        if not seat.turn.most:
+            yield self._finish(row, Reason.LENGTH)
+            return
+        self._promote(row)
+        yield from self._say(self._speaking - 1, self._model.logits(seat.hidden))
+
+    def _consolidate(self, row: int) -> list[Fact]:
+        seat = self._seats[row]
+        seat.state, learned = self._update(seat.turn.id, seat.state)
+        seat.deltas = self._working(seat.state)
+        return [learned, Stepped(Phase.UPDATE, 1, 0, learned.seconds), *self._begin(row)]
+
+    def _sleep(self) -> list[Fact]:
+        job = self._sleeping.popleft()
+        if not job.state.due:
+            return [Finished(job.id, job.state, Reason.STOP, "", 0, 0, None)]
+        state, learned = self._update(job.id, job.state)
+        facts: list[Fact] = [learned, Stepped(Phase.UPDATE, 1, 0, learned.seconds)]
+        if state.due:
+            self._sleeping.append(replace(job, state=state))
+        else:
+            facts.append(Finished(job.id, state, Reason.STOP, "", 0, 0, None))
+        return facts
+
+    def _update(self, job: str, state: State) -> tuple[State, Learned]:
+        began = self._clock()
+        state, consolidated = consolidate(self._model, state)
+        return state, Learned(job, consolidated, self._clock() - began)
+
+    # --- one pass -----------------------------------------------------------------------------
+
+    def _pass(self, tokens: Tensor, first: int, seats: list[_Seat]) -> Read:
+        """Read tokens [B, T] on the lanes of `seats`, the first of which is `first`."""
+        model = self._model
+        start = torch.tensor([seat.state.position for seat in seats], device=model.device)
+        past = self._lanes.view(first, first + len(seats))
+        x = model.embed(tokens.to(model.device))
+        read = model.run(x, start, past, [seat.deltas for seat in seats])
+        self._lanes.append(first, start, read)
+        return read
+
+    def _extend(
+        self, seat: _Seat, read: Read, row: int, tokens: list[int], weights: list[float]
+    ) -> None:
+        """Add what was read to the session's state, and the chunks that it completed."""
+        config = self._model.config
+        start = seat.state.position
+        piece = Piece(
+            start,
+            torch.tensor(tokens),
+            torch.tensor(weights, dtype=torch.float32),
+            read.keys[:, row].cpu(),
+            read.values[:, row].cpu(),
+            read.inputs[row].cpu(),
+        )
+        state = extend(seat.state, piece, config)
+        if seat.turn.learn:
+            due = completed(start, start + len(tokens), config)
+            found = tuple(each for each in due if learnable(state, each))
+            state = replace(state, due=(*state.due, *found))
+        seat.state = trim(state, config)

@@ -1,0 +1,92 @@
+"""Rows of the batch: where sessions are laid out for the device while a turn runs.
+
+A lane holds what attention reads at every token (rotated keys, values, positions) in a ring of
+fixed size: the first S places are the sinks, place S + (p - S) mod W holds position p. Everything
+in a lane can be rebuilt from the session's `State`; losing a lane loses nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hope_runtime.layers import attention
+from hope_runtime.layers.attention import Past
+from hope_runtime.model import Hope, Read
+from hope_runtime.state import Piece, State
+
+
+class Lanes:
+    """`count` rings on the model's device; lanes [0, n) can be read as one batch."""
+
+    def __init__(self, model: Hope, count: int) -> None:
+        config = model.config
+        self.count = count
+        self._model = model
+        self._places = config.sinks + config.window
+        shape = (config.blocks, count, config.key_heads, self._places, config.head_width)
+        self._rotated = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self._values = torch.zeros_like(self._rotated)
+        self._positions = torch.full((count, self._places), -1, device=model.device)
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self._rotated.nbytes
+
+    def view(self, first: int, end: int) -> Past:
+        """Return lanes [first, end) as the past of a batch, without copying."""
+        return Past(
+            self._rotated[:, first:end], self._values[:, first:end], self._positions[first:end]
+        )
+
+    def load(self, lane: int, state: State) -> None:
+        """Lay a session out on a lane."""
+        self._positions[lane] = -1
+        window = self._model.config.window
+        if state.sinks is not None:
+            self._lay(lane, state.sinks)
+        for piece in state.pieces:
+            if piece.end > state.position - window:
+                self._lay(lane, piece.cut(state.position - window, piece.end))
+
+    def _lay(self, lane: int, piece: Piece) -> None:
+        positions = torch.arange(piece.start, piece.end, device=self._model.device)
+        turn = attention.rotation(positions[None], self._model.frequency)
+        keys = piece.keys.to(self._model.device, self._model.dtype)
+        # blocks take the place of sessions: [L, n, K, N] rotates like [B, T, heads, N]
+        rotated = attention.rotate(keys.transpose(1, 2), turn).transpose(1, 2)
+        places = self._place(positions)
+        self._rotated[:, lane, :, places] = rotated
+        self._values[:, lane, :, places] = piece.values.to(rotated)
+        self._positions[lane, places] = positions
+
+    def append(self, first: int, start: Tensor, read: Read) -> None:
+        """Write what a pass over lanes [first, first + B) found; `start` is [B]."""
+        sessions, tokens = read.keys.shape[1], read.keys.shape[3]
+        positions = start[:, None] + torch.arange(tokens, device=start.device)  # [B, T]
+        places = self._place(positions)
+        rows = torch.arange(first, first + sessions, device=start.device)[:, None]
+        # advanced indices on axes 1 and 3 come out in front: [B, T, L, K, N]
+        self._rotated[:, rows, :, places] = read.rotated.permute(1, 3, 0, 2, 4)
+        self._values[:, rows, :, places] = read.values.permute(1, 3, 0, 2, 4)
+        self._positions[rows, places] = positions
+
+    def _place(self, positions: Tensor) -> Tensor:
+        config = self._model.config
+        ring = config.sinks + (positions - config.sinks) % config.window
+        return torch.where(positions < config.sinks, positions, ring)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a lane onto another."""
+        if source != target:
+            for held in (self._rotated, self._values):
+                held[:, target] = held[:, source]
+            self._positions[target] = self._positions[source]
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two lanes."""
+        if one != other:
+            pair, turned = [one, other], [other, one]
+            for held in (self._rotated, self._values):
+                held[:, pair] = held[:, turned]
+            self._positions[pair] = self._positions[turned]
