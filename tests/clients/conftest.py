@@ -1,0 +1,369 @@
+"""A stand-in server: real sockets, the real wire, and a script instead of a model.
+
+What a turn says decides how it goes: see `StandIn.replies`. Everything else is echoed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from server import wire
+
+KEY = "open-sesame"
+
+
+def refusal(status: int, code: str, message: str) -> JSONResponse:
+    detail = wire.ErrorDetail(type="invalid_request_error", code=code, message=message)
+    return JSONResponse({"error": detail.model_dump()}, status)
+
+
+class StandIn:
+    """Sessions are counters of turns; replies follow a script."""
+
+    def __init__(self, *, key: str | None = None) -> None:
+        self.key = key
+        self.sessions: dict[str, list[tuple[str, str]]] = {}
+        self.requests: list[wire.ResponseCreate] = []
+        self.sockets = 0
+        self.url = ""
+        self.app = Starlette(
+            routes=[
+                WebSocketRoute("/v1/responses", self.socket),
+                Route("/v1/sessions", self.list),
+                Route("/v1/sessions/{id:path}", self.one, methods=["GET", "DELETE"]),
+                Route("/v1/conversations/{id}/items", self.items),
+                Route("/v1/models", self.models),
+                Route("/health/ready", self.ready),
+            ]
+        )
+
+    # --- the socket ---------------------------------------------------------------------------
+
+    async def socket(self, socket: WebSocket) -> None:
+        if self.key and socket.headers.get("authorization") != f"Bearer {self.key}":
+            await socket.send_denial_response(refusal(401, "invalid_api_key", "Unknown API key."))
+            return
+        await socket.accept()
+        self.sockets += 1
+        stops: dict[str, asyncio.Event] = {}
+        async with asyncio.TaskGroup() as tasks:
+            with contextlib.suppress(WebSocketDisconnect):
+                while True:
+                    message = await socket.receive_json()
+                    if message["type"] == "response.cancel":
+                        await self.stop(socket, message, stops)
+                    else:
+                        request = wire.ResponseCreate.model_validate(message)
+                        self.requests.append(request)
+                        stop = stops[request.stream_id or ""] = asyncio.Event()
+                        tasks.create_task(self.turn(socket, request, stop))
+            for stop in stops.values():
+                stop.set()
+
+    async def stop(
+        self, socket: WebSocket, message: dict[str, Any], stops: dict[str, asyncio.Event]
+    ) -> None:
+        if stop := stops.get(message["stream_id"]):
+            stop.set()
+        else:
+            await self.refuse(socket, message["stream_id"], message["event_id"], "nothing_running")
+
+    async def refuse(
+        self, socket: WebSocket, stream: str | None, event: str | None, code: str
+    ) -> None:
+        detail = wire.ErrorDetail(type="conflict", code=code, message=f"Refused: {code}.")
+        error = wire.ErrorEvent(
+            status=409, error=detail, stream_id=stream, event_id=event, retry_after_s=1.5
+        )
+        await socket.send_text(error.model_dump_json())
+
+    async def turn(
+        self, socket: WebSocket, request: wire.ResponseCreate, stop: asyncio.Event
+    ) -> None:
+        script = Script(self, socket, request, stop)
+        said = str(request.input)
+        # a socket that the client closed ends the script
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            await script.play(said.split()[0], said)
+
+    # --- over HTTP ----------------------------------------------------------------------------
+
+    def session(self, name: str) -> dict[str, Any]:
+        turns = self.sessions[name]
+        level = wire.LevelStatus(
+            name="mid",
+            chunk=64,
+            blocks=[1, 2],
+            updates=len(turns),
+            last_position=64,
+            last_at=time.time() - 12,
+            last_loss=2.5,
+            last_outcome="applied",
+            movement=0.0125,
+            due=1,
+        )
+        return wire.Session(
+            id=name,
+            version=len(turns),
+            created_at=1.0,
+            updated_at=time.time(),
+            tokens=1234 * len(turns),
+            turns=len(turns),
+            bytes=1000,
+            stored_bytes=500,
+            learning=True,
+            surprise=2.25,
+            levels=[level],
+            model="tiny",
+            fingerprint="abc",
+            durability="always",
+        ).model_dump()
+
+    def allowed(self, request: Request) -> bool:
+        return not self.key or request.headers.get("authorization") == f"Bearer {self.key}"
+
+    async def list(self, request: Request) -> JSONResponse:
+        if not self.allowed(request):
+            return refusal(401, "invalid_api_key", "Unknown API key.")
+        names = sorted(self.sessions)
+        start = int(request.query_params.get("cursor", "0"))
+        more = start + 2 < len(names)
+        page = [self.session(name) for name in names[start : start + 2]]
+        return JSONResponse(
+            {"data": page, "has_more": more, "next_cursor": str(start + 2) if more else None}
+        )
+
+    async def one(self, request: Request) -> JSONResponse:
+        name = request.path_params["id"]
+        if name not in self.sessions:
+            return refusal(404, "conversation_not_found", f"There is no session {name}.")
+        if request.method == "DELETE":
+            del self.sessions[name]
+            return JSONResponse(
+                wire.DeletedSession(id=name, deleted=True, keys=3, bytes=1000).model_dump()
+            )
+        return JSONResponse(self.session(name))
+
+    async def items(self, request: Request) -> JSONResponse:
+        said = [text for turn in self.sessions[request.path_params["id"]] for text in turn]
+        start = int(request.query_params.get("after", "-1")) + 1
+        items = [
+            {
+                "id": str(number),
+                "role": "assistant" if number % 2 else "user",
+                "content": [{"type": "text", "text": said[number]}],
+            }
+            for number in range(start, min(start + 3, len(said)))
+        ]
+        more = start + 3 < len(said)
+        last = items[-1]["id"] if items else None
+        return JSONResponse({"data": items, "last_id": last, "has_more": more})
+
+    async def models(self, request: Request) -> JSONResponse:
+        card = wire.ModelCard(
+            id="tiny",
+            created=1,
+            fingerprint="abc",
+            window=64,
+            sinks=4,
+            dtype="float32",
+            device="cpu",
+            levels=[],
+        )
+        return JSONResponse(wire.ModelList(data=[card]).model_dump())
+
+    async def ready(self, request: Request) -> JSONResponse:
+        return JSONResponse({"status": "loading", "model": "tiny"}, 503)
+
+
+class Script:
+    """One turn, played by the first word of what was said."""
+
+    def __init__(
+        self,
+        server: StandIn,
+        socket: WebSocket,
+        request: wire.ResponseCreate,
+        stop: asyncio.Event,
+    ) -> None:
+        self.server = server
+        self.socket = socket
+        self.request = request
+        self.stopped = stop
+        self.number = 0
+        self.spoken = ""
+        assert isinstance(request.conversation, str)
+        self.name = request.conversation
+
+    async def play(self, first: str, said: str) -> None:
+        match first:
+            case "refuse":
+                await self.server.refuse(
+                    self.socket, self.request.stream_id, self.request.event_id, "session_busy"
+                )
+            case "fail":
+                await self.begin()
+                await self.speak("half a ")
+                await self.end("failed")
+            case "drop":
+                await self.begin()
+                await self.speak("half a ")
+                await self.socket.close(1012, "draining")
+            case "babble":
+                await self.socket.send_text("this is not JSON")
+            case "disorder":
+                await self.begin()
+                self.number -= 2
+                await self.speak("again")
+            case "forever":
+                await self.begin()
+                while not self.stopped.is_set():
+                    await self.speak("on and ")
+                    await asyncio.sleep(0.005)
+                await self.close_parts()
+                await self.end("incomplete")
+            case _:
+                await self.begin()
+                for word in said.split():
+                    await self.speak(f"{word} ")
+                await self.close_parts()
+                await self.end("completed")
+                await self.tell_memory()
+
+    async def send(self, kind: str, **fields: Any) -> None:
+        event = {
+            "type": kind,
+            "sequence_number": self.number,
+            "stream_id": self.request.stream_id,
+            **fields,
+        }
+        self.number += 1
+        await self.socket.send_json(event)
+
+    async def begin(self) -> None:
+        await self.send("response.created", response=self.response("in_progress"))
+        await self.send("response.in_progress", response=self.response("in_progress"))
+        await self.send("hope:something.new", note="to be ignored")
+        await self.send("response.output_item.added", item=self.item("in_progress"))
+        await self.send(
+            "response.content_part.added", item_id="m1", part={"type": "output_text", "text": ""}
+        )
+
+    async def speak(self, piece: str) -> None:
+        self.spoken += piece
+        await self.send("response.output_text.delta", item_id="m1", delta=piece)
+
+    async def close_parts(self) -> None:
+        part = {"type": "output_text", "text": self.spoken}
+        await self.send("response.output_text.done", item_id="m1", text=self.spoken)
+        await self.send("response.content_part.done", item_id="m1", part=part)
+        await self.send("response.output_item.done", item=self.item("completed"))
+
+    async def end(self, status: str) -> None:
+        if status != "failed":
+            said = str(self.request.input)
+            self.server.sessions.setdefault(self.name, []).append((said, self.spoken))
+        await self.send(f"response.{status}", response=self.response(status))
+
+    async def tell_memory(self) -> None:
+        if "hope:memory" not in (self.request.include or []):
+            return
+        news = wire.ConsolidationEvent(
+            type="hope:consolidation.completed",
+            conversation=self.name,
+            level="mid",
+            outcome="applied",
+            position=64,
+            loss=2.5,
+            duration_ms=7.0,
+            stream_id=self.request.stream_id,
+        )
+        await self.socket.send_text(news.model_dump_json())
+
+    def item(self, status: str) -> dict[str, Any]:
+        content = [{"type": "output_text", "text": self.spoken}]
+        return {"type": "message", "id": "m1", "status": status, "content": content}
+
+    def response(self, status: str) -> dict[str, Any]:
+        version = len(self.server.sessions.get(self.name, []))
+        ended, failed = status != "in_progress", status == "failed"
+        memory = wire.MemoryResult(
+            conversation=self.name,
+            base_version=version if failed else version - 1,
+            committed_version=None if failed else version,
+            outcome=wire.Outcome.ROLLED_BACK if failed else wire.Outcome.COMMITTED,
+            durability="always",
+            updates=1,
+            consolidated_levels=["mid"],
+            due_levels=["slow"],
+            surprise=2.25,
+        )
+        words = len(self.spoken.split())
+        failure = wire.ErrorDetail(type="server_error", code="memory_corrupt", message="Broken.")
+        return wire.Response(
+            id=f"resp_{self.request.turn_id}",
+            created_at=1.0,
+            status=status,  # type: ignore[arg-type]
+            model="tiny",
+            output=[wire.OutputMessage.model_validate(self.item("completed"))] if ended else [],
+            usage=wire.Usage(input_tokens=3, output_tokens=words, total_tokens=3 + words),
+            error=failure if failed else None,
+            incomplete_details=wire.IncompleteDetails(reason="cancelled")
+            if status == "incomplete"
+            else None,
+            memory=memory if ended else None,
+        ).model_dump()
+
+
+@contextlib.contextmanager
+def running(stand_in: StandIn, port: int = 0) -> Iterator[StandIn]:
+    config = uvicorn.Config(
+        stand_in.app,
+        host="127.0.0.1",
+        port=port,
+        ws="websockets-sansio",
+        log_level="critical",
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    stand_in.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield stand_in
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., StandIn]]:
+    """Start stand-ins that end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(running(StandIn(**options)))
+
+
+@pytest.fixture
+def stand_in(serve: Callable[..., StandIn]) -> StandIn:
+    return serve()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
