@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from hope_runtime.config import HopeConfig
@@ -59,3 +60,12 @@ def require(path: Path, config: HopeConfig, found: Mapping[str, Shape]) -> list[
             )
         names.append(name)
     return names
+
+
+def fitted(config: HopeConfig, *positions: int) -> HopeConfig:
+    """Narrow the window to what the model was trained for; a limit of 0 is none.
+
+    >>> fitted(HopeConfig(1, 1, 1, 1, 1, 2, 1, 1e-5, 1e4), 8192, 0, 512).window
+    512
+    """
+    return replace(config, window=min(config.window, *(n for n in positions if n > 0)))
