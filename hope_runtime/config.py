@@ -6,7 +6,7 @@ and `levels`: which MLPs belong to which level of the Continuum Memory System.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -36,7 +36,7 @@ class LevelConfig:
             raise ConfigError(f"level {self.name!r}: chunk {self.chunk} must be at least 2 tokens")
         if not self.blocks:
             raise ConfigError(f"level {self.name!r} has no blocks")
-        if not 0.0 <= self.rate:
+        if not self.rate >= 0.0:
             raise ConfigError(f"level {self.name!r}: rate {self.rate} must not be negative")
         if not 0.0 < self.retain <= 1.0:
             raise ConfigError(f"level {self.name!r}: retain {self.retain} must be in (0, 1]")
@@ -120,6 +120,21 @@ class HopeConfig:
     @property
     def longest_chunk(self) -> int:
         return max((level.chunk for level in self.levels), default=0)
+
+    def stacked(self) -> HopeConfig:
+        """Return this shape with the default levels: the paper's ad-hoc level stacking (7.3).
+
+        The top quarter of the blocks learns: the upper half of it every 64 tokens, the lower
+        every 256. Windows too short for these chunks get shorter ones.
+        """
+        first = self.blocks - max(self.blocks // 4, min(2, self.blocks))
+        middle = (first + self.blocks) // 2
+        fast = min(64, self.window // 8)
+        levels = [LevelConfig("fast", fast, tuple(range(middle, self.blocks)), 0.03, 0.995)]
+        if first < middle:
+            slow = tuple(range(first, middle))
+            levels.append(LevelConfig("slow", 4 * fast, slow, 0.03, 0.998))
+        return replace(self, levels=tuple(levels))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

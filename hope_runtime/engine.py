@@ -336,8 +336,9 @@ class Engine:
     def _pass(self, tokens: Tensor, first: int, seats: list[_Seat]) -> Read:
         """Read tokens [B, T] on the lanes of `seats`, the first of which is `first`."""
         model = self._model
-        start = torch.tensor([seat.state.position for seat in seats], device=model.device)
-        past = self._lanes.view(first, first + len(seats))
+        positions = [seat.state.position for seat in seats]
+        start = torch.tensor(positions, device=model.device)
+        past = self._lanes.view(first, first + len(seats), max(positions))
         x = model.embed(tokens.to(model.device))
         read = model.run(x, start, past, [seat.deltas for seat in seats])
         self._lanes.append(first, start, read)

@@ -15,6 +15,8 @@ from hope_runtime.layers.attention import Past
 from hope_runtime.model import Hope, Read
 from hope_runtime.state import Piece, State
 
+_ROUND = 64  # places are looked at in steps, so that shapes do not change at every token
+
 
 class Lanes:
     """`count` rings on the model's device; lanes [0, n) can be read as one batch."""
@@ -33,10 +35,18 @@ class Lanes:
     def bytes(self) -> int:
         return 2 * self._rotated.nbytes
 
-    def view(self, first: int, end: int) -> Past:
-        """Return lanes [first, end) as the past of a batch, without copying."""
+    def view(self, first: int, end: int, longest: int) -> Past:
+        """Return lanes [first, end) as the past of a batch, without copying.
+
+        `longest` is the largest position of their sessions: places fill in order, so the ones
+        beyond it hold nothing yet and need not be looked at.
+        """
+        used = min(-(-longest // _ROUND) * _ROUND, self._places)
+        rows = slice(first, end)
         return Past(
-            self._rotated[:, first:end], self._values[:, first:end], self._positions[first:end]
+            self._rotated[:, rows, :, :used],
+            self._values[:, rows, :, :used],
+            self._positions[rows, :used],
         )
 
     def load(self, lane: int, state: State) -> None:

@@ -86,11 +86,11 @@ class State:
 
     @property
     def bytes(self) -> int:
-        return sum(
-            t.nbytes
-            for piece in (*self.pieces, *((self.sinks,) if self.sinks else ()))
-            for t in (piece.keys, piece.values, piece.inputs, piece.tokens, piece.weights)
-        ) + sum(d.nbytes for d in self.deltas.values())
+        pieces = [*self.pieces, self.sinks] if self.sinks else self.pieces
+        held = [*self.deltas.values()]
+        for piece in pieces:
+            held += [piece.keys, piece.values, piece.inputs, piece.tokens, piece.weights]
+        return sum(int(tensor.nbytes) for tensor in held)
 
 
 def join(pieces: Sequence[Piece]) -> Piece:

@@ -1,0 +1,454 @@
+"""The only file that knows Prometheus: facts in, counters out.
+
+Labels come from closed sets and are created at start, so that `rate()` works from the first
+scrape. No session, user or path ever becomes a label.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from hope_runtime.cadence import Due
+from hope_runtime.config import HopeConfig
+from hope_runtime.consolidation import Outcome
+from hope_runtime.report import Fact, Failed, Finished, Learned, Phase, Said, Stepped
+from hope_runtime.state import State
+from memory_store import Durability, MemoryStore, SessionKey, Snapshot, StoreError
+from memory_store import errors as store_errors
+from memory_store.snapshot import Change, Committed, Deletion, Head, Page, TurnRecord
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+SLOW = (0.3, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 240, 480, 960)
+FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160)
+RATIO = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1)
+NATS = (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+BYTES = tuple(float(1 << n) for n in range(12, 34, 2))
+
+ENDPOINTS = ("responses", "chat_completions")
+TRANSPORTS = ("websocket", "http", "sse")
+OUTCOMES = ("completed", "incomplete", "cancelled", "failed", "rejected")
+STORE_OPS = ("load", "commit", "delete", "scan")
+STORE_OUTCOMES = ("ok", "dup", "conflict", "gone", "oom", "timeout", "incomplete", "error")
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        self.registry = CollectorRegistry()
+        self._said_at: dict[str, float] = {}
+        self._requests(config)
+        self._sessions(config)
+        self._memory(config)
+        self._store()
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def _requests(self, config: HopeConfig) -> None:
+        on = {"registry": self.registry}
+        self.requests = Counter(
+            "hope_requests",
+            "Requests by how they ended.",
+            ["endpoint", "transport", "outcome", "code"],
+            **on,
+        )
+        for endpoint in ENDPOINTS:
+            for transport in TRANSPORTS:
+                for outcome in OUTCOMES:
+                    self.requests.labels(endpoint, transport, outcome, "")
+        self.in_progress = Gauge("hope_requests_in_progress", "Turns being worked on.", **on)
+        self.queued = Gauge("hope_requests_queued", "Turns waiting for a lane.", **on)
+        self.duration = Histogram(
+            "hope_request_duration_seconds",
+            "From request to its terminal event.",
+            ["transport", "outcome"],
+            buckets=SLOW,
+            **on,
+        )
+        for transport in TRANSPORTS:
+            for outcome in OUTCOMES:
+                self.duration.labels(transport, outcome)
+        self.first_token = Histogram(
+            "hope_time_to_first_token_seconds",
+            "From request to the first text of the reply.",
+            ["session_state"],
+            buckets=FIRST,
+            **on,
+        )
+        for state in ("hot", "warm", "cold", "new"):
+            self.first_token.labels(state)
+        self.inter_token = Histogram(
+            "hope_inter_token_seconds", "Between two tokens of a reply.", buckets=FAST, **on
+        )
+        self.connections = Gauge("hope_websocket_connections", "Open sockets.", **on)
+        # not hope_websocket_connections_total: OpenMetrics knows one family of a name
+        self.opened = Counter("hope_websocket_opened", "Sockets accepted.", **on)
+        self.closes = Counter("hope_websocket_close", "Sockets closed, by code.", ["code"], **on)
+        for code in ("1000", "1001", "1008", "1009", "1011", "1012", "1013"):
+            self.closes.labels(code)
+        self.auth_failures = Counter(
+            "hope_auth_failures", "Requests refused at the gate.", ["reason"], **on
+        )
+        for reason in ("invalid_api_key", "origin_not_allowed"):
+            self.auth_failures.labels(reason)
+        self.tokens = Counter("hope_tokens", "Tokens by kind.", ["kind"], **on)
+        for kind in ("prompt", "generated", "skipped_prefix"):
+            self.tokens.labels(kind)
+        self.batch = Histogram(
+            "hope_batch_size",
+            "Sessions in one pass.",
+            ["phase"],
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            **on,
+        )
+        self.step = Histogram(
+            "hope_batch_step_seconds", "One pass of the device.", ["phase"], buckets=FAST, **on
+        )
+        for phase in Phase:
+            self.batch.labels(phase)
+            self.step.labels(phase)
+
+    @contextmanager
+    def request(self, endpoint: str, transport: str) -> Iterator[Request]:
+        """Measure one request; say how it ended on what this yields."""
+        request = Request(self, endpoint, transport)
+        self.in_progress.inc()
+        try:
+            yield request
+        finally:
+            self.in_progress.dec()
+            request.close()
+
+    def rejected(self, endpoint: str, transport: str, code: str) -> None:
+        """Count a request that was refused before it became a turn."""
+        self.requests.labels(endpoint, transport, "rejected", code).inc()
+
+    def refused(self, reason: str) -> None:
+        self.auth_failures.labels(reason).inc()
+
+    @contextmanager
+    def connection(self) -> Iterator[None]:
+        self.connections.inc()
+        self.opened.inc()
+        try:
+            yield
+        finally:
+            self.connections.dec()
+
+    def closed(self, code: int) -> None:
+        known = str(code) if code in (1000, 1001, 1008, 1009, 1011, 1012, 1013) else "other"
+        self.closes.labels(known).inc()
+
+    def skipped(self, tokens: int) -> None:
+        self.tokens.labels("skipped_prefix").inc(tokens)
+
+    # --- the engine's facts -------------------------------------------------------------------
+
+    def observe(self, fact: Fact) -> None:
+        """Take a fact of the engine."""
+        match fact:
+            case Stepped(phase=phase, sessions=sessions, tokens=tokens, seconds=seconds):
+                self.batch.labels(phase).observe(sessions)
+                self.step.labels(phase).observe(seconds)
+                if phase is Phase.PREFILL:
+                    self.tokens.labels("prompt").inc(tokens)
+            case Said(job=job):
+                now = time.perf_counter()
+                if (before := self._said_at.get(job)) is not None:
+                    self.inter_token.observe(now - before)
+                self._said_at[job] = now
+                self.tokens.labels("generated").inc()
+            case Learned(consolidated=c, seconds=seconds):
+                self.updates.labels(c.level, c.outcome).inc()
+                self.update_seconds.labels(c.level).observe(seconds)
+                self.consolidations.labels(c.level, "tokens", c.outcome).inc()
+                self.consolidation_seconds.labels(c.level).observe(seconds)
+                self.consolidation_tokens.labels(c.level).inc(c.tokens)
+                self.surprise.labels(c.level).observe(c.loss)
+                if c.outcome is Outcome.REJECTED:
+                    self.nonfinite.labels(c.level).inc(c.loss != c.loss)
+                else:
+                    self.norm_ratio.labels(c.level).observe(c.step)
+            case Finished(job=job):
+                self._said_at.pop(job, None)
+            case Failed(job=job):
+                self._said_at.pop(job, None)
+                self.rollbacks.labels("failed").inc()
+            case _:
+                self._said_at.pop(fact.job, None)
+                self.rollbacks.labels("cancelled").inc()
+
+    # --- sessions and memory ------------------------------------------------------------------
+
+    def _sessions(self, config: HopeConfig) -> None:
+        on = {"registry": self.registry}
+        self.resident = Gauge(
+            "hope_sessions_resident", "Sessions held, by tier.", ["tier"], **on
+        )
+        for tier in ("device", "host"):
+            self.resident.labels(tier)
+        self.loads = Counter(
+            "hope_session_loads", "Sessions brought in for a turn.", ["source", "outcome"], **on
+        )
+        self.load_seconds = Histogram(
+            "hope_session_load_seconds", "Time to bring a session in.", ["source"], buckets=FAST, **on
+        )
+        for source in ("host", "store", "new"):
+            self.loads.labels(source, "ok")
+            self.load_seconds.labels(source)
+        self.state_bytes = Histogram(
+            "hope_session_state_bytes",
+            "Size of a session's parts when committed.",
+            ["level"],
+            buckets=BYTES,
+            **on,
+        )
+        for part in ("window", *(level.name for level in config.levels)):
+            self.state_bytes.labels(part)
+        self.device_memory = Gauge(
+            "hope_device_memory_bytes", "Memory by pool.", ["pool"], **on
+        )
+        for pool in ("weights", "session_memory"):
+            self.device_memory.labels(pool)
+
+    def loaded(self, source: str, seconds: float) -> None:
+        self.loads.labels(source, "ok").inc()
+        self.load_seconds.labels(source).observe(seconds)
+
+    def committed(self, written: int, state: State) -> None:
+        """Take note of a committed state and of the bytes its commit wrote."""
+        self.store_bytes.labels("out").inc(written)
+        window = state.bytes
+        for name, level in state.levels.items():
+            size = sum(delta.nbytes for delta in level.delta.values())
+            self.state_bytes.labels(name).observe(size)
+            window -= size
+        self.state_bytes.labels("window").observe(window)
+
+    def _memory(self, config: HopeConfig) -> None:
+        on = {"registry": self.registry}
+        levels = [level.name for level in config.levels]
+        self.updates = Counter(
+            "hope_memory_updates", "Updates of a level.", ["level", "outcome"], **on
+        )
+        self.update_seconds = Histogram(
+            "hope_memory_update_seconds", "One update of a level.", ["level"], buckets=FAST, **on
+        )
+        self.norm_ratio = Histogram(
+            "hope_memory_update_norm_ratio",
+            "Size of an update over that of the base weights.",
+            ["level"],
+            buckets=RATIO,
+            **on,
+        )
+        self.surprise = Histogram(
+            "hope_memory_surprise",
+            "Nats per learnable token before it was learned.",
+            ["level"],
+            buckets=NATS,
+            **on,
+        )
+        self.nonfinite = Counter(
+            "hope_memory_nonfinite", "Updates that were not finite.", ["level"], **on
+        )
+        self.rollbacks = Counter(
+            "hope_memory_rollbacks", "Turns that left no trace.", ["reason"], **on
+        )
+        for reason in ("cancelled", "failed"):
+            self.rollbacks.labels(reason)
+        self.consolidations = Counter(
+            "hope_consolidations", "Consolidations.", ["level", "trigger", "outcome"], **on
+        )
+        self.consolidation_seconds = Histogram(
+            "hope_consolidation_seconds", "One consolidation.", ["level"], buckets=FAST, **on
+        )
+        self.consolidation_tokens = Counter(
+            "hope_consolidation_tokens", "Tokens that were learned from.", ["level"], **on
+        )
+        self.backlog = Gauge(
+            "hope_consolidation_backlog_sessions", "Sessions with a due chunk.", ["level"], **on
+        )
+        self.failures = Counter(
+            "hope_consolidation_failures", "Consolidations that stay due after an error.", **on
+        )
+        for level in levels:
+            for outcome in Outcome:
+                self.updates.labels(level, outcome)
+                self.consolidations.labels(level, "tokens", outcome)
+            for metric in (
+                self.update_seconds,
+                self.norm_ratio,
+                self.surprise,
+                self.nonfinite,
+                self.consolidation_seconds,
+                self.consolidation_tokens,
+                self.backlog,
+            ):
+                metric.labels(level)
+        self.build_info = Gauge("hope_build_info", "1, with versions.", ["version", "torch"], **on)
+        self.model_info = Gauge("hope_model_info", "1, with the model.", ["fingerprint"], **on)
+        self.draining = Gauge("hope_draining", "1 while shutting down.", **on)
+
+    @contextmanager
+    def consolidating(self, due: Sequence[Due]) -> Iterator[None]:
+        levels = {each.level for each in due}
+        for level in levels:
+            self.backlog.labels(level).inc()
+        try:
+            yield
+        finally:
+            for level in levels:
+                self.backlog.labels(level).dec()
+
+    def consolidation_failed(self) -> None:
+        self.failures.inc()
+
+    # --- the store ----------------------------------------------------------------------------
+
+    def _store(self) -> None:
+        on = {"registry": self.registry}
+        self.store_ops = Counter(
+            "hope_store_ops", "Operations of the store.", ["op", "outcome"], **on
+        )
+        self.store_seconds = Histogram(
+            "hope_store_op_seconds", "One operation of the store.", ["op"], buckets=FAST, **on
+        )
+        for op in STORE_OPS:
+            self.store_seconds.labels(op)
+            for outcome in STORE_OUTCOMES:
+                self.store_ops.labels(op, outcome)
+        self.store_bytes = Counter("hope_store_bytes", "Bytes moved.", ["direction"], **on)
+        for direction in ("in", "out"):
+            self.store_bytes.labels(direction)
+        self.store_up = Gauge("hope_store_up", "1 while the store answers.", **on)
+        self.durability = Gauge(
+            "hope_store_durability_info", "1, with what is promised.", ["mode", "policy", "aof"], **on
+        )
+        self.corrupt = Counter("hope_store_corrupt", "Sessions found damaged.", **on)
+        self.incompatible = Counter(
+            "hope_store_incompatible", "Sessions of another model asked for.", **on
+        )
+
+    @asynccontextmanager
+    async def store_op(self, op: str) -> AsyncIterator[None]:
+        """Measure one operation of the store and name how it ended."""
+        began = time.perf_counter()
+        outcome = "ok"
+        try:
+            yield
+        except StoreError as error:
+            outcome = _store_outcome(error)
+            self.corrupt.inc(isinstance(error, store_errors.Corrupt))
+            self.incompatible.inc(isinstance(error, store_errors.Incompatible))
+            if isinstance(error, store_errors.Unavailable):
+                self.store_up.set(0)
+            raise
+        except asyncio.CancelledError:
+            outcome = "error"
+            raise
+        else:
+            self.store_up.set(1)
+        finally:
+            self.store_ops.labels(op, outcome).inc()
+            self.store_seconds.labels(op).observe(time.perf_counter() - began)
+
+
+class Request:
+    """How one request went; `close` writes it down."""
+
+    def __init__(self, metrics: Metrics, endpoint: str, transport: str) -> None:
+        self._metrics = metrics
+        self._endpoint, self._transport = endpoint, transport
+        self._began = time.perf_counter()
+        self._spoke = False
+        self.outcome, self.code = "failed", "disconnected"
+
+    def spoke(self, source: str) -> None:
+        """The first text was sent (later calls do nothing); the session came from `source`."""
+        if not self._spoke:
+            self._spoke = True
+            took = time.perf_counter() - self._began
+            state = {"host": "warm", "store": "cold"}.get(source, "new")
+            self._metrics.first_token.labels(state).observe(took)
+
+    def ended(self, outcome: str, code: str = "") -> None:
+        self.outcome, self.code = outcome, code
+
+    def close(self) -> None:
+        took = time.perf_counter() - self._began
+        metrics = self._metrics
+        metrics.requests.labels(self._endpoint, self._transport, self.outcome, self.code).inc()
+        metrics.duration.labels(self._transport, self.outcome).observe(took)
+
+
+class MeasuredStore:
+    """A store whose every operation is counted and timed."""
+
+    def __init__(self, store: MemoryStore, metrics: Metrics) -> None:
+        self._store, self._metrics = store, metrics
+
+    async def commit(
+        self, key: SessionKey, change: Change, *, expected: int, commit_id: str
+    ) -> Committed:
+        async with self._metrics.store_op("commit"):
+            return await self._store.commit(key, change, expected=expected, commit_id=commit_id)
+
+    async def load(self, key: SessionKey, *, fingerprint: str) -> Snapshot:
+        async with self._metrics.store_op("load"):
+            snapshot = await self._store.load(key, fingerprint=fingerprint)
+        read = sum(blob.stored for blob in snapshot.head.blobs.values())
+        self._metrics.store_bytes.labels("in").inc(read)
+        return snapshot
+
+    async def head(self, key: SessionKey) -> Head:
+        async with self._metrics.store_op("load"):
+            return await self._store.head(key)
+
+    async def sessions(self, tenant: str, *, cursor: str | None = None, limit: int = 50) -> Page:
+        async with self._metrics.store_op("scan"):
+            return await self._store.sessions(tenant, cursor=cursor, limit=limit)
+
+    async def turns(self, key: SessionKey, *, limit: int = 200) -> Sequence[TurnRecord]:
+        async with self._metrics.store_op("load"):
+            return await self._store.turns(key, limit=limit)
+
+    async def delete(self, key: SessionKey) -> Deletion:
+        async with self._metrics.store_op("delete"):
+            return await self._store.delete(key)
+
+    async def durability(self) -> Durability:
+        async with self._metrics.store_op("scan"):
+            found = await self._store.durability()
+        self._metrics.durability.clear()
+        self._metrics.durability.labels(found.mode, found.policy, str(found.aof).lower()).set(1)
+        return found
+
+    async def close(self) -> None:
+        await self._store.close()
+
+
+def _store_outcome(error: StoreError) -> str:
+    match error:
+        case store_errors.Conflict():
+            return "conflict"
+        case store_errors.Deleted() | store_errors.NotFound():
+            return "gone"
+        case store_errors.Full():
+            return "oom"
+        case store_errors.Unavailable():
+            return "timeout"
+        case store_errors.Incomplete():
+            return "incomplete"
+        case _:
+            return "error"

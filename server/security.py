@@ -1,0 +1,102 @@
+"""Who may come in: API keys, tenants, browser origins. Refuses before anything is accepted."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from server.errors import ApiError
+from server.settings import is_loopback
+
+LOCAL = "local"  # the tenant of a server without keys, which only loopback reaches
+SUBPROTOCOL = "hope"
+_KEY_PROTOCOL = "hope-key."
+
+
+class Gate:
+    """The configured keys (hashed) and origins."""
+
+    def __init__(self, keys: Iterable[str], origins: Iterable[str]) -> None:
+        pairs = (entry.split(":", 1) for entry in keys)
+        self._tenants = [(_digest(key), tenant) for tenant, key in pairs]
+        self._origins = frozenset(origin.rstrip("/") for origin in origins)
+
+    @property
+    def open(self) -> bool:
+        """No key is configured: the server is on loopback and everybody is `local`."""
+        return not self._tenants
+
+    def tenant(self, authorization: str | None, protocols: str | None = None) -> str:
+        """Return the tenant of a request.
+
+        Args:
+            authorization: the Authorization header.
+            protocols: Sec-WebSocket-Protocol, where browsers put the key as `hope-key.<base64url>`.
+
+        Raises:
+            ApiError: 401 `invalid_api_key`.
+        """
+        if self.open:
+            return LOCAL
+        key = _bearer(authorization) or _offered(protocols)
+        found = None
+        for digest, tenant in self._tenants:  # all of them: the time tells nothing
+            if hmac.compare_digest(digest, _digest(key or "")):
+                found = tenant
+        if found is None:
+            raise ApiError(
+                401,
+                "invalid_api_key",
+                "the API key is missing or unknown; send `Authorization: Bearer KEY`",
+            )
+        return found
+
+    def check_origin(self, origin: str | None, host: str | None) -> None:
+        """Refuse browsers on foreign pages (403 `origin_not_allowed`); others send no Origin.
+
+        A server without keys trusts whoever reaches loopback, so there the page itself must
+        come from a loopback name: a foreign name that resolves here (DNS rebinding) is refused.
+        """
+        if self.open and host is not None and not is_loopback(_hostname(host)):
+            raise ApiError(
+                403, "origin_not_allowed", f"host {host!r} is not a loopback name; use 127.0.0.1"
+            )
+        if origin is None or origin.rstrip("/") in self._origins:
+            return
+        if host is not None and urlsplit(origin).netloc == host:
+            return
+        raise ApiError(
+            403,
+            "origin_not_allowed",
+            f"origin {origin!r} is not allowed; add it to HOPE_ORIGINS",
+        )
+
+
+def _hostname(host: str) -> str:
+    return urlsplit(f"//{host}").hostname or ""
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _bearer(authorization: str | None) -> str | None:
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" and key.strip() else None
+
+
+def _offered(protocols: str | None) -> str | None:
+    for protocol in (protocols or "").split(","):
+        name = protocol.strip()
+        if name.startswith(_KEY_PROTOCOL):
+            encoded = name.removeprefix(_KEY_PROTOCOL)
+            padded = encoded + "=" * (-len(encoded) % 4)
+            try:
+                return base64.urlsafe_b64decode(padded).decode()
+            except (binascii.Error, ValueError):
+                return None
+    return None

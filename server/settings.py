@@ -1,0 +1,115 @@
+"""Every setting of the server, documented; from flags, else HOPE_* environment variables."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _data_home() -> Path:
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "hope"
+
+
+class Settings(BaseSettings):
+    """The server's settings; `docs/running.md` has a row for each."""
+
+    model_config = SettingsConfigDict(env_prefix="HOPE_", extra="ignore")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    model: str = Field(
+        "smollm2",
+        description="`smollm2` (fetched on first use), `random` (tiny, for trying things), "
+        "a Hugging Face directory, or a .gguf file",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of weights and window; auto: bfloat16 where it is fast"
+    )
+    window: int = Field(1024, ge=16, description="attention window in tokens")
+    sinks: int = Field(4, ge=0, description="first tokens of a session that stay in view for ever")
+    learning: bool = Field(True, description="consolidate what users and documents say")
+    lanes: int = Field(16, ge=1, le=1024, description="sessions that may be answered at once")
+    threads: int = Field(0, ge=0, description="CPU threads of the model; 0: all cores")
+
+    store: Literal["embedded", "redis", "memory"] = Field(
+        "embedded",
+        description="embedded: an own Valkey under --data-dir; redis: --redis-url; "
+        "memory: nothing lasts",
+    )
+    redis_url: str | None = Field(None, description="redis://, rediss:// or unix:// address")
+    data_dir: Path = Field(default_factory=_data_home, description="where the embedded store keeps")
+    kept_versions: int = Field(4, ge=1, le=64, description="versions kept of each session")
+    allow_eviction: bool = Field(
+        False, description="start on a Redis that may evict (lose) sessions"
+    )
+    host_memory_mib: int = Field(2048, ge=16, description="sessions kept in RAM between turns")
+
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated `tenant:key`; without any, only loopback is served"
+    )
+    origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated browser origins allowed besides the server's own"
+    )
+    session_headers: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("x-session-id", "session-id"), description="headers that may carry the session id"
+    )
+
+    max_input_tokens: int = Field(32768, ge=1, description="longest input of one turn")
+    max_output_tokens: int = Field(4096, ge=1, description="longest reply that may be asked for")
+    default_output_tokens: int = Field(512, ge=1, description="longest reply where none is asked")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="largest request or socket message")
+    temperature: float = Field(0.2, ge=0, le=2, description="default temperature")
+    top_p: float = Field(0.9, gt=0, le=1, description="default nucleus")
+    turns_waiting: int = Field(
+        4, ge=0, description="turns that may queue for one session before `session_busy`"
+    )
+    shutdown_timeout: float = Field(10.0, ge=0, description="seconds for open turns at shutdown")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, values: dict[str, object]) -> dict[str, object]:
+        for name in ("api_keys", "origins", "session_headers"):
+            value = values.get(name)
+            if isinstance(value, str):
+                values[name] = tuple(part.strip() for part in value.split(",") if part.strip())
+        if values.get("redis_url") and values.get("store") in (None, "embedded"):
+            values["store"] = "redis"
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.store == "redis" and not self.redis_url:
+            raise ValueError("--store redis needs --redis-url, such as redis://127.0.0.1:6379/0")
+        if not self.api_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"--host {self.host} is not loopback and no API key is configured: anyone who "
+                "reaches it could read every session; set HOPE_API_KEYS=tenant:key, "
+                "or use --host 127.0.0.1"
+            )
+        for entry in self.api_keys:
+            tenant, _, key = entry.partition(":")
+            if not tenant or len(key) < 16:
+                raise ValueError(
+                    f"API key of tenant {tenant!r}: write tenant:key with a key of at least "
+                    "16 characters (`hope keys` makes one)"
+                )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach the address.
+
+    >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.5")]
+    [True, True, True, False, False]
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

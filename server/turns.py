@@ -1,0 +1,371 @@
+"""A turn as a transaction: state, engine, commit, terminal event. One path for every endpoint.
+
+Each session takes one turn at a time, first come first served. The new state exists beside the
+old one until the store has it; then, and only then, the client hears that the turn is complete.
+Chunks that the reply completed are consolidated right after, as a commit of their own, before
+the session's next turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from hope_runtime.engine import Consolidation, Turn
+from hope_runtime.report import Dropped, Failed, Finished, Learned, Reason, Said
+from hope_runtime.state import State
+from hope_runtime.tokenizer import Message, Role, Span, Tokenizer
+from memory_store import SessionKey, TurnRecord
+from server.errors import ApiError, answer
+from server.metrics import Metrics
+from server.residency import Book, Residency, Resident, known_prefix
+from server.turn import Ask, Began, Ended, Grown, Happening, Kept, Words
+from server.wire import MemoryResult, Mode, Outcome
+from server.worker import Worker
+
+log = logging.getLogger(__name__)
+
+RATES = {Role.USER: 1.0, Role.DOCUMENT: 1.0}  # who is learned from; everyone else: 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    input_tokens: int
+    waiting: int
+
+
+class OpenTurn:
+    """A turn in flight: iterate over what happens; `cancel` when a person presses stop."""
+
+    def __init__(self, ask: Ask, stop: Callable[[str, bool], None]) -> None:
+        self.ask = ask
+        self.id = uuid.uuid4().hex
+        self.cancelled = False
+        self.ended = False
+        self._stop = stop
+        self._happenings: asyncio.Queue[Happening | None] = asyncio.Queue()
+
+    def cancel(self, *, keep: bool) -> None:
+        """End the turn at its next token, with what was said kept or rolled back."""
+        self.cancelled = True
+        self._stop(self.id, keep)
+
+    def put(self, happening: Happening | None) -> None:
+        self.ended = self.ended or isinstance(happening, Ended)
+        self._happenings.put_nowait(happening)
+
+    async def __aiter__(self) -> AsyncIterator[Happening]:
+        """Yield to the end; what comes after `Ended` is the consolidation it left due."""
+        while (happening := await self._happenings.get()) is not None:
+            yield happening
+
+
+class Turns:
+    """Everything a turn needs, put together once."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        residency: Residency,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        limits: Limits,
+        learning: bool,
+        durability: str,
+    ) -> None:
+        self._worker = worker
+        self._residency = residency
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._limits = limits
+        self._learning = learning
+        self._durability = durability
+        self._locks: dict[SessionKey, _Queue] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, ask: Ask) -> OpenTurn:
+        """Begin a turn; it goes on until it ends or is cancelled, whoever listens."""
+        turn = OpenTurn(ask, lambda job, keep: self._worker.cancel(job, keep=keep))
+        task = asyncio.create_task(self._run(turn), name=f"turn-{turn.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return turn
+
+    async def drain(self, seconds: float) -> None:
+        """Wait for open turns; drop those that take longer."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @asynccontextmanager
+    async def alone(self, key: SessionKey) -> AsyncIterator[None]:
+        """Hold the session: no turn runs meanwhile (409 `session_busy` behind a full queue)."""
+        queue = self._locks.setdefault(key, _Queue())
+        if queue.waiting > self._limits.waiting:
+            raise ApiError(
+                409,
+                "session_busy",
+                f"session {key.session!r} has {queue.waiting} turns waiting; retry when one ended",
+                retry_after=1,
+            )
+        queue.waiting += 1
+        try:
+            async with queue.lock:
+                yield
+        finally:
+            queue.waiting -= 1
+            if not queue.waiting:
+                self._locks.pop(key, None)
+
+    # --- one turn -----------------------------------------------------------------------------
+
+    async def _run(self, turn: OpenTurn) -> None:
+        ask = turn.ask
+        try:
+            if ask.key is None or ask.mode is Mode.OFF:
+                await self._perform(turn, Resident(_NOBODY, 0, State(), Book()), "new")
+            else:
+                async with self.alone(ask.key):
+                    resident, source = await self._load(ask.key)
+                    after = await self._perform(turn, resident, source)
+                    if after is not None and after.state.due:
+                        await self._consolidate(turn, after)
+        except Exception as error:  # noqa: BLE001 - whatever failed, the client must hear of it
+            self._fail(turn, error)
+        finally:
+            turn.put(None)
+
+    async def _load(self, key: SessionKey) -> tuple[Resident, str]:
+        began = time.perf_counter()
+        resident, source = await self._residency.get(key)
+        self._metrics.loaded(source, time.perf_counter() - began)
+        if resident.state.due:  # a server stopped between a turn and its consolidation
+            resident = await self._consolidate(None, resident)
+        return resident, source
+
+    async def _perform(self, turn: OpenTurn, base: Resident, source: str) -> Resident | None:
+        """Read, answer, commit; return the session as committed, if it was."""
+        ask = turn.ask
+        if ask.if_version is not None and ask.if_version != base.version:
+            raise ApiError(
+                412,
+                "precondition_failed",
+                f"the session is at version {base.version}, not {ask.if_version}; reload it",
+                param="memory.if_version",
+            )
+        new, skipped = self._new_messages(ask, base)
+        job = self._job(turn, base, new)
+        turn.put(Began(base.version, source))
+        if turn.cancelled:
+            self._worker.cancel(job.id, keep=False)
+        said, grown = "", list[str]()
+        finished: Finished | None = None
+        async for fact in self._worker.perform(job):
+            match fact:
+                case Said(text=text) if text:
+                    said += text
+                    turn.put(Words(text))
+                case Learned(consolidated=consolidated, seconds=seconds):
+                    grown.append(consolidated.level)
+                    turn.put(Grown(consolidated, seconds))
+                case Failed(error=error):
+                    raise error
+                case Dropped():
+                    turn.put(self._ended(turn, base, None, grown, Outcome.ROLLED_BACK))
+                    return None
+                case Finished():
+                    finished = fact
+        assert finished is not None, "a job ends in Finished, Dropped or Failed"
+        if finished.text:
+            said += finished.text
+            turn.put(Words(finished.text))
+        if base.key is _NOBODY or ask.mode is not Mode.READ_WRITE:
+            outcome = Outcome.READ_ONLY if ask.mode is Mode.READ_ONLY else Outcome.OFF
+            turn.put(self._ended(turn, base, finished, grown, outcome, skipped))
+            return None
+        after = await self._commit(turn, base, new, said, finished, grown)
+        turn.put(Kept(after.version))
+        turn.put(self._ended(turn, after, finished, grown, Outcome.COMMITTED, skipped, base.version))
+        return after
+
+    async def _commit(
+        self,
+        turn: OpenTurn,
+        base: Resident,
+        new: tuple[Message, ...],
+        said: str,
+        finished: Finished,
+        grown: list[str],
+    ) -> Resident:
+        book = base.book
+        messages = [*new, Message(Role.ASSISTANT, said)] if turn.ask.most else [*new]
+        for message in messages:
+            book = book.with_item(message)
+        now = time.time()
+        book = replace(
+            book,
+            turns=book.turns + 1,
+            surprise=finished.surprise,
+            learned_at={**book.learned_at, **dict.fromkeys(grown, now)},
+            metadata={**book.metadata, **dict(turn.ask.metadata)},
+        )
+        record = TurnRecord(
+            turn.ask.turn_id or turn.id,
+            {
+                "items": [[str(m.role), m.text] for m in messages],
+                "reason": str(finished.reason),
+                "at": now,
+            },
+        )
+        after, written = await self._residency.commit(
+            base, finished.state, book, commit_id=turn.id, turn=record
+        )
+        self._metrics.committed(written, after.state)
+        return after
+
+    async def _consolidate(self, turn: OpenTurn | None, base: Resident) -> Resident:
+        """Apply what is due, as a commit of its own; a failure leaves it due."""
+        book = base.book
+        id = uuid.uuid4().hex
+        with self._metrics.consolidating(base.state.due):
+            async for fact in self._worker.perform(Consolidation(id, base.state)):
+                match fact:
+                    case Learned(consolidated=consolidated, seconds=seconds):
+                        at = {**book.learned_at, consolidated.level: time.time()}
+                        book = replace(book, learned_at=at)
+                        if turn is not None:
+                            turn.put(Grown(consolidated, seconds))
+                    case Failed(error=error):
+                        raise error
+                    case Finished(state=state):
+                        after, written = await self._residency.commit(
+                            base, state, book, commit_id=id, turn=None
+                        )
+                        self._metrics.committed(written, after.state)
+                        if turn is not None:
+                            turn.put(Kept(after.version))
+                        return after
+                    case _:
+                        pass
+        raise ApiError(500, "internal_error", "a consolidation ended without a state")
+
+    # --- its parts ----------------------------------------------------------------------------
+
+    def _new_messages(self, ask: Ask, base: Resident) -> tuple[tuple[Message, ...], int]:
+        """Return the messages the session has not read, and the tokens that are skipped."""
+        if not ask.history:
+            return ask.messages, 0
+        known = known_prefix(base.book, ask.messages)
+        if known is None:
+            raise ApiError(
+                409,
+                "history_diverged",
+                f"the messages begin like session {base.key.session!r} but then differ from what "
+                "it has read; send only new messages, or use another session",
+                param="messages",
+            )
+        skipped = sum(len(self._tokenizer.encode(m.text)) for m in ask.messages[:known])
+        self._metrics.skipped(skipped)
+        return ask.messages[known:], skipped
+
+    def _job(self, turn: OpenTurn, base: Resident, messages: tuple[Message, ...]) -> Turn:
+        ask = turn.ask
+        spans = self._spans(base, messages)
+        tokens = sum(len(span.ids) for span in spans)
+        if tokens > self._limits.input_tokens:
+            raise ApiError(
+                413,
+                "message_too_large",
+                f"the input has {tokens} tokens, more than {self._limits.input_tokens}; "
+                "send it in several turns, or raise HOPE_MAX_INPUT_TOKENS",
+                param="input",
+            )
+        learn = self._learning and ask.mode is Mode.READ_WRITE and base.key is not _NOBODY
+        rates = RATES | dict(ask.rates) if learn else {}
+        closing = self._tokenizer.closing() if ask.most else Span(Role.MARKUP, ())
+        return Turn(
+            id=turn.id,
+            state=base.state,
+            given=tuple((id, rates.get(span.role, 0.0)) for span in spans for id in span.ids),
+            closing=tuple((id, 0.0) for id in closing.ids),
+            most=ask.most,
+            said_weight=rates.get(Role.ASSISTANT, 0.0),
+            sampling=ask.sampling,
+            stops=ask.stops,
+            learn=learn,
+        )
+
+    def _spans(self, base: Resident, messages: tuple[Message, ...]) -> list[Span]:
+        if base.state.position or base.state.carry:
+            return self._tokenizer.following(messages)
+        return self._tokenizer.opening(messages)
+
+    def _ended(
+        self,
+        turn: OpenTurn,
+        after: Resident,
+        finished: Finished | None,
+        grown: list[str],
+        outcome: Outcome,
+        skipped: int = 0,
+        base_version: int | None = None,
+    ) -> Ended:
+        kept = outcome is Outcome.COMMITTED
+        memory = MemoryResult(
+            conversation=None if after.key is _NOBODY else after.key.session,
+            base_version=after.version if base_version is None else base_version,
+            committed_version=after.version if kept else None,
+            outcome=outcome,
+            durability=self._durability,
+            updates=len(grown) if kept else 0,
+            consolidated_levels=sorted(set(grown)) if kept else [],
+            due_levels=sorted({due.level for due in after.state.due}) if kept else [],
+            surprise=finished.surprise if finished else None,
+        )
+        if finished is None:
+            return Ended("incomplete", "cancelled", 0, 0, 0, memory)
+        reason = finished.reason
+        return Ended(
+            "completed" if reason is Reason.STOP or not turn.ask.most else "incomplete",
+            None
+            if reason is Reason.STOP or not turn.ask.most
+            else ("cancelled" if reason is Reason.CANCELLED else "max_output_tokens"),
+            finished.read,
+            skipped,
+            finished.said,
+            memory,
+        )
+
+    def _fail(self, turn: OpenTurn, error: Exception) -> None:
+        said = answer(error)
+        if said.status >= 500:
+            log.error("turn %s failed: %s", turn.id, error, exc_info=said.code == "internal_error")
+        else:
+            log.info("turn %s refused: %s", turn.id, said.message)
+        if turn.ended:  # the turn stands; only its consolidation failed and stays due
+            self._metrics.consolidation_failed()
+            return
+        key = turn.ask.key
+        nothing = Resident(key or _NOBODY, 0, State(), Book())
+        ended = self._ended(turn, nothing, None, [], Outcome.ROLLED_BACK)
+        turn.put(replace(ended, status="failed", reason=None, error=said))
+
+
+_NOBODY = SessionKey("nobody", "nobody")
+
+
+class _Queue:
+    """Who waits for a session, the one it answers included."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.waiting = 0
