@@ -58,7 +58,7 @@ class Tokenizer:
         stops: Iterable[int] = (),
     ) -> None:
         self._backend = _literal(backend)
-        self.vocabulary: int = backend.get_vocab_size()
+        self.vocabulary: int = max(backend.get_vocab().values()) + 1
         self.stop_ids: frozenset[int] = self._stops(eos, stops)
         self.bos_id: int | None = backend.token_to_id(bos) if starts and bos else None
         added = backend.get_added_tokens_decoder()
@@ -105,7 +105,8 @@ class Tokenizer:
     def _stops(self, eos: str | None, stops: Iterable[int]) -> frozenset[int]:
         """Collect the ids that end a reply, and make each of them a special token."""
         names = {name for name in (*ENDS, eos) if name}
-        names |= {name for stop in stops if (name := self._backend.id_to_token(stop))}
+        named = (self._backend.id_to_token(id) for id in stops if 0 <= id < self.vocabulary)
+        names |= {name for name in named if name}
         found = {name: self._backend.token_to_id(name) for name in names}
         ids = {name: id for name, id in found.items() if id is not None}
         self._backend.add_special_tokens(

@@ -45,7 +45,10 @@ def _block(config: HopeConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def require(path: Path, config: HopeConfig, found: Mapping[str, Shape]) -> list[str]:
-    """Return the names of all tensors of a model, each `found` in its file with its shape."""
+    """Return the names of all tensors of a model: those `found`, no fewer and no more.
+
+    Only a head may be left over: some files store a tied one twice.
+    """
     names = []
     for name, shape in shapes(config):
         if name not in found:
@@ -59,6 +62,11 @@ def require(path: Path, config: HopeConfig, found: Mapping[str, Shape]) -> list[
                 f"configuration asks for {list(shape)}; download the model again"
             )
         names.append(name)
+    if left := sorted(found.keys() - {*names, "head"}):
+        raise CheckpointError(
+            f"{path}: the configuration has no place for the tensor {left[0]!r}; the files belong "
+            "to different models: download them again"
+        )
     return names
 
 
