@@ -198,7 +198,7 @@ def _literal(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 def _without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Return the tokenizer for text that is not the first: some put a space before the first."""
-    if '"first"' not in str(backend.pre_tokenizer):
+    if "prepend_scheme=first" not in str(backend.pre_tokenizer):
         return backend
     state = json.loads(backend.to_str())
     for step in (state["pre_tokenizer"], *state["pre_tokenizer"].get("pretokenizers", [])):
