@@ -6,8 +6,12 @@ and `levels`: which MLPs belong to which level of the Continuum Memory System.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from typing import Any
+
+WINDOW = 1024  # tokens of attention where nothing else is said
 
 
 class ConfigError(ValueError):
@@ -78,7 +82,7 @@ class HopeConfig:
     tied_head: bool = True
     attention_bias: bool = False  # on query, key and value (Qwen2)
     query_key_norm: bool = False  # RMS norm per head before rotation (Qwen3)
-    window: int = 1024
+    window: int = WINDOW
     sinks: int = 4
     levels: tuple[LevelConfig, ...] = ()
 
@@ -120,6 +124,12 @@ class HopeConfig:
     @property
     def longest_chunk(self) -> int:
         return max((level.chunk for level in self.levels), default=0)
+
+    @property
+    def learning_digest(self) -> str:
+        """Names what a stored session depends on beside the weights: levels and sinks."""
+        kept = [[level.name, level.chunk, level.blocks] for level in self.levels]
+        return sha256(json.dumps([kept, self.sinks]).encode()).hexdigest()[:8]
 
     def stacked(self) -> HopeConfig:
         """Return this shape with the default levels: the paper's ad-hoc level stacking (7.3).

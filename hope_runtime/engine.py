@@ -115,6 +115,10 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def seated(self) -> int:
+        return len(self._seats)
+
+    @property
     def lane_bytes(self) -> int:
         return self._lanes.bytes
 

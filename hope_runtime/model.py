@@ -78,6 +78,16 @@ class Hope:
         self.frequency = attention.frequencies(config, self.device)
         self._weights = {}
 
+    @property
+    def bytes(self) -> int:
+        """The size of the weights."""
+        own = {id(t): t for t in (self.embedding, self.norm, self.head)}
+        held = [*own.values()]
+        for block in self.blocks:
+            parts = (getattr(block, name) for name in Block.__slots__)
+            held += [part for part in parts if part is not None]
+        return sum(int(tensor.nbytes) for tensor in held)
+
     def _take(self, name: str) -> Tensor:
         if name not in self._weights:
             raise ConfigError(f"the checkpoint has no tensor {name!r}")

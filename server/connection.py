@@ -6,7 +6,9 @@ nothing and is answered with a recoverable `error`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,9 +38,9 @@ class Cancel:
 
 Effect = Send | Start | Cancel
 
-_KINDS = {
-    "response.create": TypeAdapter(ResponseCreate),
-    "response.cancel": TypeAdapter(ResponseCancel),
+_KINDS: dict[str, type[ResponseCreate | ResponseCancel]] = {
+    "response.create": ResponseCreate,
+    "response.cancel": ResponseCancel,
 }
 _JSON = TypeAdapter(dict[str, object])
 
@@ -58,13 +60,13 @@ class Connection:
         try:
             message = _parse(text)
         except ApiError as error:
-            return [Send(_refusal(error, *_echo(text)))]
+            return [Send(refusal(error, *_echo(text)))]
         try:
             if isinstance(message, ResponseCreate):
                 return self._create(message, response_id)
             return self._cancel(message)
         except ApiError as error:
-            return [Send(_refusal(error, message.stream_id, message.event_id))]
+            return [Send(refusal(error, message.stream_id, message.event_id))]
 
     def ended(self, response_id: str) -> None:
         """The terminal event of a response was sent."""
@@ -109,18 +111,28 @@ def _parse(text: str) -> ResponseCreate | ResponseCancel:
             param="type",
         )
     try:
-        return _KINDS[kind].validate_python(fields)
+        return _KINDS[kind].model_validate(fields)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error.errors(include_url=False)[0]) from None
 
 
-def invalid(error: ValidationError) -> ApiError:
-    """Return the first complaint about a request as an answer."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+def invalid(first: Mapping[str, Any]) -> ApiError:
+    """Return a complaint of pydantic's about a request as an answer."""
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
     shown = repr(first.get("input"))
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return ApiError(400, "invalid_request", f"{where}: {first['msg']} (got {shown})", param=where)
+
+
+def refusal(error: ApiError, stream_id: str | None, event_id: str | None) -> ErrorEvent:
+    """Return a recoverable error as it goes over the socket."""
+    return ErrorEvent(
+        status=error.status,
+        error=error.detail,
+        stream_id=stream_id,
+        event_id=event_id,
+        retry_after_s=error.retry_after,
+    )
 
 
 def _echo(text: str) -> tuple[str | None, str | None]:
@@ -131,13 +143,3 @@ def _echo(text: str) -> tuple[str | None, str | None]:
         return None, None
     stream, event = fields.get("stream_id"), fields.get("event_id")
     return stream if isinstance(stream, str) else None, event if isinstance(event, str) else None
-
-
-def _refusal(error: ApiError, stream_id: str | None, event_id: str | None) -> ErrorEvent:
-    return ErrorEvent(
-        status=error.status,
-        error=error.detail,
-        stream_id=stream_id,
-        event_id=event_id,
-        retry_after_s=error.retry_after,
-    )

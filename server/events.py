@@ -35,7 +35,13 @@ class Narrator:
     """Tells one response; feed it what happens, send what it returns."""
 
     def __init__(
-        self, request: ResponseRequest, *, id: str, model: str, created: float, conversation: str | None
+        self,
+        request: ResponseRequest,
+        *,
+        id: str,
+        model: str,
+        created: float,
+        conversation: str | None,
     ) -> None:
         self._id = id
         self._item_id = f"msg_{id.removeprefix('resp_')}"
@@ -78,7 +84,9 @@ class Narrator:
                 rejected = c.outcome == "rejected"
                 return [
                     ConsolidationEvent(
-                        type="hope:consolidation.failed" if rejected else "hope:consolidation.completed",
+                        type="hope:consolidation.failed"
+                        if rejected
+                        else "hope:consolidation.completed",
                         conversation=self._conversation,
                         level=c.level,
                         outcome=c.outcome,
@@ -155,17 +163,22 @@ class Narrator:
             delta=text,
         )
 
+    def _done(self) -> Event:
+        return TextDone(
+            sequence_number=self._next(),
+            stream_id=self._stream_id,
+            item_id=self._item_id,
+            text=self._text,
+        )
+
     def _close(self, ended: Ended) -> list[Event]:
         if ended.status == "failed":
             return []
         message = self._message(ended.status)
         self.response = self.response.model_copy(update={"output": [message]})
-        done = TextDone(
-            sequence_number=0, stream_id=self._stream_id, item_id=self._item_id, text=self._text
-        )
         return [
             *self._open(),
-            done.model_copy(update={"sequence_number": self._next()}),
+            self._done(),
             self._part(True, self._text),
             self._item(True, message),
         ]

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -17,11 +18,13 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from hope_runtime.cadence import Due
 from hope_runtime.config import HopeConfig
 from hope_runtime.consolidation import Outcome
+from hope_runtime.engine import Engine
 from hope_runtime.report import Fact, Failed, Finished, Learned, Phase, Said, Stepped
 from hope_runtime.state import State
 from memory_store import Durability, MemoryStore, SessionKey, Snapshot, StoreError
 from memory_store import errors as store_errors
 from memory_store.snapshot import Change, Committed, Deletion, Head, Page, TurnRecord
+from server.residency import Residency
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -53,67 +56,97 @@ class Metrics:
     def render(self) -> bytes:
         return generate_latest(self.registry)
 
+    def _makers(self) -> tuple[partial[Counter], partial[Gauge], partial[Histogram]]:
+        return (
+            partial(Counter, registry=self.registry),
+            partial(Gauge, registry=self.registry),
+            partial(Histogram, registry=self.registry),
+        )
+
     # --- requests -----------------------------------------------------------------------------
 
     def _requests(self, config: HopeConfig) -> None:
-        on = {"registry": self.registry}
-        self.requests = Counter(
+        counter, gauge, histogram = self._makers()
+        self.requests = counter(
             "hope_requests",
             "Requests by how they ended.",
             ["endpoint", "transport", "outcome", "code"],
-            **on,
         )
         for endpoint in ENDPOINTS:
             for transport in TRANSPORTS:
                 for outcome in OUTCOMES:
                     self.requests.labels(endpoint, transport, outcome, "")
-        self.in_progress = Gauge("hope_requests_in_progress", "Turns being worked on.", **on)
-        self.queued = Gauge("hope_requests_queued", "Turns waiting for a lane.", **on)
-        self.duration = Histogram(
+        self.in_progress = gauge(
+            "hope_requests_in_progress",
+            "Turns being worked on.",
+        )
+        self.queued = gauge(
+            "hope_requests_queued",
+            "Turns waiting for a lane.",
+        )
+        self.duration = histogram(
             "hope_request_duration_seconds",
             "From request to its terminal event.",
             ["transport", "outcome"],
             buckets=SLOW,
-            **on,
         )
         for transport in TRANSPORTS:
             for outcome in OUTCOMES:
                 self.duration.labels(transport, outcome)
-        self.first_token = Histogram(
+        self.first_token = histogram(
             "hope_time_to_first_token_seconds",
             "From request to the first text of the reply.",
             ["session_state"],
             buckets=FIRST,
-            **on,
         )
         for state in ("hot", "warm", "cold", "new"):
             self.first_token.labels(state)
-        self.inter_token = Histogram(
-            "hope_inter_token_seconds", "Between two tokens of a reply.", buckets=FAST, **on
+        self.inter_token = histogram(
+            "hope_inter_token_seconds",
+            "Between two tokens of a reply.",
+            buckets=FAST,
         )
-        self.connections = Gauge("hope_websocket_connections", "Open sockets.", **on)
+        self.connections = gauge(
+            "hope_websocket_connections",
+            "Open sockets.",
+        )
         # not hope_websocket_connections_total: OpenMetrics knows one family of a name
-        self.opened = Counter("hope_websocket_opened", "Sockets accepted.", **on)
-        self.closes = Counter("hope_websocket_close", "Sockets closed, by code.", ["code"], **on)
+        self.opened = counter(
+            "hope_websocket_opened",
+            "Sockets accepted.",
+        )
+        self.closes = counter(
+            "hope_websocket_close",
+            "Sockets closed, by code.",
+            ["code"],
+        )
         for code in ("1000", "1001", "1008", "1009", "1011", "1012", "1013"):
             self.closes.labels(code)
-        self.auth_failures = Counter(
-            "hope_auth_failures", "Requests refused at the gate.", ["reason"], **on
+        self.auth_failures = counter(
+            "hope_auth_failures",
+            "Requests refused at the gate.",
+            ["reason"],
         )
         for reason in ("invalid_api_key", "origin_not_allowed"):
             self.auth_failures.labels(reason)
-        self.tokens = Counter("hope_tokens", "Tokens by kind.", ["kind"], **on)
+        self.tokens = counter(
+            "hope_tokens",
+            "Tokens by kind.",
+            ["kind"],
+        )
         for kind in ("prompt", "generated", "skipped_prefix"):
             self.tokens.labels(kind)
-        self.batch = Histogram(
+        self.batch = histogram(
             "hope_batch_size",
             "Sessions in one pass.",
             ["phase"],
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            **on,
         )
-        self.step = Histogram(
-            "hope_batch_step_seconds", "One pass of the device.", ["phase"], buckets=FAST, **on
+        self.step = histogram(
+            "hope_batch_step_seconds",
+            "One pass of the device.",
+            ["phase"],
+            buckets=FAST,
         )
         for phase in Phase:
             self.batch.labels(phase)
@@ -192,35 +225,55 @@ class Metrics:
     # --- sessions and memory ------------------------------------------------------------------
 
     def _sessions(self, config: HopeConfig) -> None:
-        on = {"registry": self.registry}
-        self.resident = Gauge(
-            "hope_sessions_resident", "Sessions held, by tier.", ["tier"], **on
+        counter, gauge, histogram = self._makers()
+        self.resident = gauge(
+            "hope_sessions_resident",
+            "Sessions held, by tier.",
+            ["tier"],
         )
         for tier in ("device", "host"):
             self.resident.labels(tier)
-        self.loads = Counter(
-            "hope_session_loads", "Sessions brought in for a turn.", ["source", "outcome"], **on
+        self.loads = counter(
+            "hope_session_loads",
+            "Sessions brought in for a turn.",
+            ["source", "outcome"],
         )
-        self.load_seconds = Histogram(
-            "hope_session_load_seconds", "Time to bring a session in.", ["source"], buckets=FAST, **on
+        self.load_seconds = histogram(
+            "hope_session_load_seconds",
+            "Time to bring a session in.",
+            ["source"],
+            buckets=FAST,
         )
         for source in ("host", "store", "new"):
             self.loads.labels(source, "ok")
             self.load_seconds.labels(source)
-        self.state_bytes = Histogram(
+        self.state_bytes = histogram(
             "hope_session_state_bytes",
             "Size of a session's parts when committed.",
             ["level"],
             buckets=BYTES,
-            **on,
         )
         for part in ("window", *(level.name for level in config.levels)):
             self.state_bytes.labels(part)
-        self.device_memory = Gauge(
-            "hope_device_memory_bytes", "Memory by pool.", ["pool"], **on
+        self.device_memory = gauge(
+            "hope_device_memory_bytes",
+            "Memory by pool.",
+            ["pool"],
         )
         for pool in ("weights", "session_memory"):
             self.device_memory.labels(pool)
+
+    def describe(self, version: str, torch: str, fingerprint: str) -> None:
+        self.build_info.labels(version, torch).set(1)
+        self.model_info.labels(fingerprint).set(1)
+
+    def watch(self, engine: Engine, residency: Residency, *, weights: int) -> None:
+        """Read these at every scrape: they change too often to be told."""
+        self.queued.set_function(lambda: engine.waiting)
+        self.resident.labels("device").set_function(lambda: engine.seated)
+        self.resident.labels("host").set_function(lambda: len(residency))
+        self.device_memory.labels("weights").set(weights)
+        self.device_memory.labels("session_memory").set(engine.lane_bytes)
 
     def loaded(self, source: str, seconds: float) -> None:
         self.loads.labels(source, "ok").inc()
@@ -237,50 +290,67 @@ class Metrics:
         self.state_bytes.labels("window").observe(window)
 
     def _memory(self, config: HopeConfig) -> None:
-        on = {"registry": self.registry}
+        counter, gauge, histogram = self._makers()
         levels = [level.name for level in config.levels]
-        self.updates = Counter(
-            "hope_memory_updates", "Updates of a level.", ["level", "outcome"], **on
+        self.updates = counter(
+            "hope_memory_updates",
+            "Updates of a level.",
+            ["level", "outcome"],
         )
-        self.update_seconds = Histogram(
-            "hope_memory_update_seconds", "One update of a level.", ["level"], buckets=FAST, **on
+        self.update_seconds = histogram(
+            "hope_memory_update_seconds",
+            "One update of a level.",
+            ["level"],
+            buckets=FAST,
         )
-        self.norm_ratio = Histogram(
+        self.norm_ratio = histogram(
             "hope_memory_update_norm_ratio",
             "Size of an update over that of the base weights.",
             ["level"],
             buckets=RATIO,
-            **on,
         )
-        self.surprise = Histogram(
+        self.surprise = histogram(
             "hope_memory_surprise",
             "Nats per learnable token before it was learned.",
             ["level"],
             buckets=NATS,
-            **on,
         )
-        self.nonfinite = Counter(
-            "hope_memory_nonfinite", "Updates that were not finite.", ["level"], **on
+        self.nonfinite = counter(
+            "hope_memory_nonfinite",
+            "Updates that were not finite.",
+            ["level"],
         )
-        self.rollbacks = Counter(
-            "hope_memory_rollbacks", "Turns that left no trace.", ["reason"], **on
+        self.rollbacks = counter(
+            "hope_memory_rollbacks",
+            "Turns that left no trace.",
+            ["reason"],
         )
         for reason in ("cancelled", "failed"):
             self.rollbacks.labels(reason)
-        self.consolidations = Counter(
-            "hope_consolidations", "Consolidations.", ["level", "trigger", "outcome"], **on
+        self.consolidations = counter(
+            "hope_consolidations",
+            "Consolidations.",
+            ["level", "trigger", "outcome"],
         )
-        self.consolidation_seconds = Histogram(
-            "hope_consolidation_seconds", "One consolidation.", ["level"], buckets=FAST, **on
+        self.consolidation_seconds = histogram(
+            "hope_consolidation_seconds",
+            "One consolidation.",
+            ["level"],
+            buckets=FAST,
         )
-        self.consolidation_tokens = Counter(
-            "hope_consolidation_tokens", "Tokens that were learned from.", ["level"], **on
+        self.consolidation_tokens = counter(
+            "hope_consolidation_tokens",
+            "Tokens that were learned from.",
+            ["level"],
         )
-        self.backlog = Gauge(
-            "hope_consolidation_backlog_sessions", "Sessions with a due chunk.", ["level"], **on
+        self.backlog = gauge(
+            "hope_consolidation_backlog_sessions",
+            "Sessions with a due chunk.",
+            ["level"],
         )
-        self.failures = Counter(
-            "hope_consolidation_failures", "Consolidations that stay due after an error.", **on
+        self.failures = counter(
+            "hope_consolidation_failures",
+            "Consolidations that stay due after an error.",
         )
         for level in levels:
             for outcome in Outcome:
@@ -296,9 +366,20 @@ class Metrics:
                 self.backlog,
             ):
                 metric.labels(level)
-        self.build_info = Gauge("hope_build_info", "1, with versions.", ["version", "torch"], **on)
-        self.model_info = Gauge("hope_model_info", "1, with the model.", ["fingerprint"], **on)
-        self.draining = Gauge("hope_draining", "1 while shutting down.", **on)
+        self.build_info = gauge(
+            "hope_build_info",
+            "1, with versions.",
+            ["version", "torch"],
+        )
+        self.model_info = gauge(
+            "hope_model_info",
+            "1, with the model.",
+            ["fingerprint"],
+        )
+        self.draining = gauge(
+            "hope_draining",
+            "1 while shutting down.",
+        )
 
     @contextmanager
     def consolidating(self, due: Sequence[Due]) -> Iterator[None]:
@@ -317,27 +398,45 @@ class Metrics:
     # --- the store ----------------------------------------------------------------------------
 
     def _store(self) -> None:
-        on = {"registry": self.registry}
-        self.store_ops = Counter(
-            "hope_store_ops", "Operations of the store.", ["op", "outcome"], **on
+        counter, gauge, histogram = self._makers()
+        self.store_ops = counter(
+            "hope_store_ops",
+            "Operations of the store.",
+            ["op", "outcome"],
         )
-        self.store_seconds = Histogram(
-            "hope_store_op_seconds", "One operation of the store.", ["op"], buckets=FAST, **on
+        self.store_seconds = histogram(
+            "hope_store_op_seconds",
+            "One operation of the store.",
+            ["op"],
+            buckets=FAST,
         )
         for op in STORE_OPS:
             self.store_seconds.labels(op)
             for outcome in STORE_OUTCOMES:
                 self.store_ops.labels(op, outcome)
-        self.store_bytes = Counter("hope_store_bytes", "Bytes moved.", ["direction"], **on)
+        self.store_bytes = counter(
+            "hope_store_bytes",
+            "Bytes moved.",
+            ["direction"],
+        )
         for direction in ("in", "out"):
             self.store_bytes.labels(direction)
-        self.store_up = Gauge("hope_store_up", "1 while the store answers.", **on)
-        self.durability = Gauge(
-            "hope_store_durability_info", "1, with what is promised.", ["mode", "policy", "aof"], **on
+        self.store_up = gauge(
+            "hope_store_up",
+            "1 while the store answers.",
         )
-        self.corrupt = Counter("hope_store_corrupt", "Sessions found damaged.", **on)
-        self.incompatible = Counter(
-            "hope_store_incompatible", "Sessions of another model asked for.", **on
+        self.durability = gauge(
+            "hope_store_durability_info",
+            "1, with what is promised.",
+            ["mode", "policy", "aof"],
+        )
+        self.corrupt = counter(
+            "hope_store_corrupt",
+            "Sessions found damaged.",
+        )
+        self.incompatible = counter(
+            "hope_store_incompatible",
+            "Sessions of another model asked for.",
         )
 
     @asynccontextmanager
@@ -373,13 +472,14 @@ class Request:
         self._began = time.perf_counter()
         self._spoke = False
         self.outcome, self.code = "failed", "disconnected"
+        self.source = "new"  # where the session was before the turn
 
-    def spoke(self, source: str) -> None:
-        """The first text was sent (later calls do nothing); the session came from `source`."""
+    def spoke(self) -> None:
+        """The first text was sent (later calls do nothing)."""
         if not self._spoke:
             self._spoke = True
             took = time.perf_counter() - self._began
-            state = {"host": "warm", "store": "cold"}.get(source, "new")
+            state = {"host": "warm", "store": "cold"}.get(self.source, "new")
             self._metrics.first_token.labels(state).observe(took)
 
     def ended(self, outcome: str, code: str = "") -> None:

@@ -31,6 +31,7 @@ class Book:
     items: int = 0  # messages ingested, replies included
     first: str = ""  # digest of the first of them
     chain: str = ""  # rolling digest of all of them
+    instructions: str = ""  # digest of the system instructions in force
     surprise: float | None = None  # of the last reply, nats per token
     learned_at: Mapping[str, float] = field(default_factory=dict)  # by level, since the epoch
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Book:
             "items": self.items,
             "first": self.first,
             "chain": self.chain,
+            "instructions": self.instructions,
             "surprise": self.surprise,
             "learned_at": dict(self.learned_at),
             "metadata": dict(self.metadata),

@@ -6,8 +6,12 @@ import base64
 import binascii
 import hashlib
 import hmac
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ApiError
 from server.settings import is_loopback
@@ -74,6 +78,52 @@ class Gate:
             "origin_not_allowed",
             f"origin {origin!r} is not allowed; add it to HOPE_ORIGINS",
         )
+
+
+class Guard:
+    """ASGI middleware: no request and no handshake gets past it without tenant and origin.
+
+    Deny by default: only health, and the page's own files (which hold no data), are open.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, refused: Callable[[str], None]) -> None:
+        self._app, self._gate, self._refused = app, gate, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            self._gate.check_origin(headers.get("origin"), headers.get("host"))
+            if not _is_open(scope["path"]):
+                protocols = headers.get("sec-websocket-protocol")
+                scope["tenant"] = self._gate.tenant(headers.get("authorization"), protocols)
+        except ApiError as error:
+            self._refused(error.code)
+            await _refuse(error, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path == "/" or path.startswith(("/page/", "/health/"))
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    body = json.dumps({"error": error.detail.model_dump()}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    prefix = ""
+    if scope["type"] == "websocket":
+        await receive()  # the handshake
+        if "websocket.http.response" not in scope.get("extensions", {}):
+            await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+            return
+        prefix = "websocket."
+    await send({"type": f"{prefix}http.response.start", "status": error.status, "headers": headers})
+    await send({"type": f"{prefix}http.response.body", "body": body})
 
 
 def _hostname(host: str) -> str:

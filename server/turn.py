@@ -19,6 +19,7 @@ class Ask:
 
     key: SessionKey | None  # None: no session; nothing is kept
     messages: tuple[Message, ...]
+    instructions: str | None
     sampling: Sampling
     most: int
     stops: tuple[str, ...] = ()

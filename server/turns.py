@@ -23,7 +23,7 @@ from hope_runtime.tokenizer import Message, Role, Span, Tokenizer
 from memory_store import SessionKey, TurnRecord
 from server.errors import ApiError, answer
 from server.metrics import Metrics
-from server.residency import Book, Residency, Resident, known_prefix
+from server.residency import Book, Residency, Resident, known_prefix, link
 from server.turn import Ask, Began, Ended, Grown, Happening, Kept, Words
 from server.wire import MemoryResult, Mode, Outcome
 from server.worker import Worker
@@ -47,6 +47,7 @@ class OpenTurn:
         self.id = uuid.uuid4().hex
         self.cancelled = False
         self.ended = False
+        self.text = ""  # the reply so far
         self._stop = stop
         self._happenings: asyncio.Queue[Happening | None] = asyncio.Queue()
 
@@ -57,6 +58,8 @@ class OpenTurn:
 
     def put(self, happening: Happening | None) -> None:
         self.ended = self.ended or isinstance(happening, Ended)
+        if isinstance(happening, Words):
+            self.text += happening.text
         self._happenings.put_nowait(happening)
 
     async def __aiter__(self) -> AsyncIterator[Happening]:
@@ -139,7 +142,7 @@ class Turns:
                     after = await self._perform(turn, resident, source)
                     if after is not None and after.state.due:
                         await self._consolidate(turn, after)
-        except Exception as error:  # noqa: BLE001 - whatever failed, the client must hear of it
+        except Exception as error:
             self._fail(turn, error)
         finally:
             turn.put(None)
@@ -167,12 +170,11 @@ class Turns:
         turn.put(Began(base.version, source))
         if turn.cancelled:
             self._worker.cancel(job.id, keep=False)
-        said, grown = "", list[str]()
+        grown: list[str] = []
         finished: Finished | None = None
         async for fact in self._worker.perform(job):
             match fact:
                 case Said(text=text) if text:
-                    said += text
                     turn.put(Words(text))
                 case Learned(consolidated=consolidated, seconds=seconds):
                     grown.append(consolidated.level)
@@ -186,15 +188,16 @@ class Turns:
                     finished = fact
         assert finished is not None, "a job ends in Finished, Dropped or Failed"
         if finished.text:
-            said += finished.text
             turn.put(Words(finished.text))
         if base.key is _NOBODY or ask.mode is not Mode.READ_WRITE:
             outcome = Outcome.READ_ONLY if ask.mode is Mode.READ_ONLY else Outcome.OFF
             turn.put(self._ended(turn, base, finished, grown, outcome, skipped))
             return None
-        after = await self._commit(turn, base, new, said, finished, grown)
+        after = await self._commit(turn, base, new, finished, grown)
         turn.put(Kept(after.version))
-        turn.put(self._ended(turn, after, finished, grown, Outcome.COMMITTED, skipped, base.version))
+        turn.put(
+            self._ended(turn, after, finished, grown, Outcome.COMMITTED, skipped, base.version)
+        )
         return after
 
     async def _commit(
@@ -202,14 +205,15 @@ class Turns:
         turn: OpenTurn,
         base: Resident,
         new: tuple[Message, ...],
-        said: str,
         finished: Finished,
         grown: list[str],
     ) -> Resident:
         book = base.book
-        messages = [*new, Message(Role.ASSISTANT, said)] if turn.ask.most else [*new]
+        messages = [*new, Message(Role.ASSISTANT, turn.text)] if turn.ask.most else [*new]
         for message in messages:
             book = book.with_item(message)
+        if turn.ask.instructions:
+            book = replace(book, instructions=_digest(turn.ask.instructions))
         now = time.time()
         book = replace(
             book,
@@ -262,9 +266,7 @@ class Turns:
 
     def _new_messages(self, ask: Ask, base: Resident) -> tuple[tuple[Message, ...], int]:
         """Return the messages the session has not read, and the tokens that are skipped."""
-        if not ask.history:
-            return ask.messages, 0
-        known = known_prefix(base.book, ask.messages)
+        known = known_prefix(base.book, ask.messages) if ask.history else 0
         if known is None:
             raise ApiError(
                 409,
@@ -273,9 +275,12 @@ class Turns:
                 "it has read; send only new messages, or use another session",
                 param="messages",
             )
+        new = ask.messages[known:]
+        if ask.instructions and base.book.instructions != _digest(ask.instructions):
+            new = (Message(Role.SYSTEM, ask.instructions), *new)
         skipped = sum(len(self._tokenizer.encode(m.text)) for m in ask.messages[:known])
         self._metrics.skipped(skipped)
-        return ask.messages[known:], skipped
+        return new, skipped
 
     def _job(self, turn: OpenTurn, base: Resident, messages: tuple[Message, ...]) -> Turn:
         ask = turn.ask
@@ -361,6 +366,10 @@ class Turns:
 
 
 _NOBODY = SessionKey("nobody", "nobody")
+
+
+def _digest(instructions: str) -> str:
+    return link("", Message(Role.SYSTEM, instructions))
 
 
 class _Queue:

@@ -85,6 +85,7 @@ class ResponseRequest(Sampling):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     conversation: str | ConversationRef | None = None
+    previous_response_id: str | None = None
     stream: bool = False
     stream_id: str | None = None
     metadata: dict[str, str] | None = None

@@ -1,0 +1,53 @@
+# Everything a person does here, in one place. `make help` lists it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: help install serve weights test test-long check fix bench clean
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.serve
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.dev ## set up the environment for development
+
+serve: $(VENV)/.serve ## set up what is missing and serve on http://127.0.0.1:8000
+	@exec $(BIN)/hope serve $(ARGS)
+
+weights: $(VENV)/.serve ## fetch the default model into the cache
+	$(BIN)/hope models
+
+test: $(VENV)/.dev weights ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(VENV)/.dev weights ## run the tests that take minutes
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+check: $(VENV)/.dev ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(VENV)/.dev ## let the tools mend what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev weights ## measure this machine
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove the environment and what tools left
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m server` is `hope`."""
+
+from server.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""Puts the pieces together; the only place where exceptions become answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from hope_runtime.engine import Engine
+from hope_runtime.model import Hope
+from hope_runtime.tokenizer import Tokenizer
+from memory_store import MemoryStore, StoreError
+from server import socket
+from server.connection import invalid
+from server.errors import ApiError, answer
+from server.metrics import MeasuredStore, Metrics
+from server.residency import Residency
+from server.routes import chat, operations, responses, sessions
+from server.security import Gate, Guard
+from server.service import Card, Service
+from server.settings import Settings
+from server.turns import Limits, Turns
+from server.worker import Worker
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings,
+    card: Card,
+    model: Hope,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    store: MemoryStore,
+) -> AsyncIterator[FastAPI]:
+    """Run the device thread and yield the application; wind both down on leaving.
+
+    The caller owns the store. Raises StoreError when it does not answer.
+    """
+    metrics = Metrics(model.config)
+    measured = MeasuredStore(store, metrics)
+    durability = await measured.durability()
+    residency = Residency(
+        measured,
+        model.config,
+        model.dtype,
+        card.fingerprint,
+        budget=settings.host_memory_mib << 20,
+    )
+    metrics.describe(version("hope-server"), torch.__version__, card.fingerprint)
+    metrics.watch(engine, residency, weights=model.bytes)
+    async with Worker(engine, metrics.observe) as worker:
+        turns = Turns(
+            worker,
+            residency,
+            tokenizer,
+            metrics,
+            limits=Limits(settings.max_input_tokens, settings.turns_waiting),
+            learning=settings.learning,
+            durability=durability.mode,
+        )
+        gate = Gate(settings.api_keys, settings.origins)
+        service = Service(settings, card, gate, measured, residency, turns, metrics, durability)
+        try:
+            yield create_app(service)
+        finally:
+            metrics.draining.set(1)
+            await turns.drain(settings.shutdown_timeout)
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application over a service that runs."""
+    app = FastAPI(
+        title="HOPE Server",
+        version=version("hope-server"),
+        max_body_size=service.settings.max_body_bytes,
+    )
+    app.state.service = service
+    for part in (responses, chat, sessions, operations, socket):
+        app.include_router(part.router)
+    app.add_middleware(Guard, gate=service.gate, refused=service.metrics.refused)
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        said = answer(error)
+        headers = {"Retry-After": f"{said.retry_after:.0f}"} if said.retry_after else None
+        content = {"error": said.detail.model_dump()}
+        return JSONResponse(content, status_code=said.status, headers=headers)
+
+    for kind in (ApiError, StoreError, Exception):
+        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _unrouted)
+    return app
+
+
+def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        said = ApiError(400, "invalid_json", f"the body is not JSON: {first['ctx']['error']}")
+    else:
+        said = invalid(first)
+    return JSONResponse({"error": said.detail.model_dump()}, status_code=said.status)
+
+
+def _unrouted(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "message_too_large"}
+    code = codes.get(error.status_code, "invalid_request")
+    said = ApiError(error.status_code, code, str(error.detail))
+    return JSONResponse({"error": said.detail.model_dump()}, status_code=said.status)

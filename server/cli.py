@@ -1,0 +1,270 @@
+"""The `hope` command; the only place of the server that prints."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import uvicorn
+import uvloop
+from pydantic import ValidationError
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from hope_runtime.config import ConfigError
+from memory_store import StoreError
+from server.settings import Settings
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    from hope_runtime.engine import Engine
+    from hope_runtime.model import Hope
+    from hope_runtime.tokenizer import Tokenizer
+    from memory_store import Durability
+    from server.service import Card
+
+    Loaded = tuple[Card, Hope, Tokenizer, Engine]
+
+app = typer.Typer(
+    name="hope",
+    help="HOPE Server: language models that go on learning while they talk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Refusal(Exception):
+    """One sentence for the person who started the command."""
+
+
+def _about(name: str) -> str:
+    return Settings.model_fields[name].description or ""
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help=_about("model"))] = None,
+    host: Annotated[str | None, typer.Option(help=_about("host"))] = None,
+    port: Annotated[int | None, typer.Option(help=_about("port"))] = None,
+    device: Annotated[str | None, typer.Option(help=_about("device"))] = None,
+    dtype: Annotated[str | None, typer.Option(help=_about("dtype"))] = None,
+    window: Annotated[int | None, typer.Option(help=_about("window"))] = None,
+    sinks: Annotated[int | None, typer.Option(help=_about("sinks"))] = None,
+    learning: Annotated[
+        bool | None, typer.Option("--learning/--no-learning", help=_about("learning"))
+    ] = None,
+    lanes: Annotated[int | None, typer.Option(help=_about("lanes"))] = None,
+    threads: Annotated[int | None, typer.Option(help=_about("threads"))] = None,
+    store: Annotated[str | None, typer.Option(help=_about("store"))] = None,
+    redis_url: Annotated[str | None, typer.Option(help=_about("redis_url"))] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=_about("data_dir"))] = None,
+    allow_eviction: Annotated[
+        bool | None, typer.Option("--allow-eviction", help=_about("allow_eviction"))
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log every request")] = False,
+) -> None:
+    """Serve a model; settings not given here come from HOPE_* environment variables."""
+    flags = {name: value for name, value in locals().items() if name != "verbose"}
+    _log(verbose)
+    with _refusals():
+        settings = _settings(**{name: value for name, value in flags.items() if value is not None})
+        _serve(settings)
+
+
+@app.command()
+def keys(tenant: Annotated[str, typer.Argument(help="who the key is for")] = "default") -> None:
+    """Make an API key; put the printed line into HOPE_API_KEYS (comma-separated)."""
+    out.print(f"{tenant}:{secrets.token_urlsafe(32)}")
+
+
+@app.command()
+def models(
+    model: Annotated[str, typer.Argument(help=_about("model"))] = "smollm2",
+) -> None:
+    """Fetch a model if need be, and show what would be served."""
+    with _refusals():
+        settings = _settings(model=model)
+        card, *_ = _load(settings)
+        config = card.config
+        out.print(f"[bold]{card.name}[/bold]  {card.fingerprint}")
+        out.print(f"{config.blocks} blocks of width {config.width}, vocabulary {config.vocabulary}")
+        out.print(
+            f"window {config.window} tokens, {config.sinks} sinks; {card.dtype} on {card.device}"
+        )
+        for level in config.levels:
+            first, last = level.blocks[0], level.blocks[-1]
+            out.print(f"level {level.name}: every {level.chunk} tokens, MLPs {first} to {last}")
+
+
+def main() -> None:
+    app()
+
+
+# --- serve ------------------------------------------------------------------------------------
+
+
+def _serve(settings: Settings) -> None:
+    began = time.perf_counter()
+    listener = _listen(settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(listener)
+        url = stack.enter_context(_store_url(settings))
+        loaded = _load(settings)
+        port = listener.getsockname()[1]
+        where = f"[{settings.host}]" if ":" in settings.host else settings.host
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _quiet_interrupt():
+            runner.run(_run(settings, loaded, url, listener, f"http://{where}:{port}", began))
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Take the port before anything slow: a taken one is told at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise Refusal(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
+            "stop what uses it, or choose another with --port"
+        ) from None
+    listener.set_inheritable(True)
+    return listener
+
+
+@contextlib.contextmanager
+def _store_url(settings: Settings) -> Iterator[str | None]:
+    """Start the embedded store where it is the one; it must be started by the main thread."""
+    if settings.store == "redis":
+        yield settings.redis_url
+    elif settings.store == "memory":
+        err.print("[yellow]--store memory: nothing will last beyond this process[/yellow]")
+        yield None
+    else:
+        from memory_store.embedded import EmbeddedValkey
+
+        valkey = EmbeddedValkey(settings.data_dir / "store")
+        with err.status("starting the embedded store"):
+            valkey.start()
+        try:
+            yield valkey.url
+        finally:
+            valkey.stop()
+
+
+def _load(settings: Settings) -> Loaded:
+    """Read the model and put it on its device (torch is imported here, not for --help)."""
+    with err.status("starting") as status:
+        from server.loading import load
+
+        return load(settings, status.update)
+
+
+async def _run(
+    settings: Settings,
+    loaded: Loaded,
+    url: str | None,
+    listener: socket.socket,
+    address: str,
+    began: float,
+) -> None:
+    from memory_store.local import LocalStore
+    from memory_store.redis import RedisStore
+    from server.app import serving
+
+    if not isinstance(asyncio.get_running_loop(), uvloop.Loop):
+        raise Refusal("uvloop is required: on asyncio's own loop one large commit stalls everybody")
+    store = (
+        LocalStore()
+        if url is None
+        else await RedisStore.open(
+            url, kept_versions=settings.kept_versions, allow_eviction=settings.allow_eviction
+        )
+    )
+    try:
+        async with serving(settings, *loaded, store) as application:
+            config = uvicorn.Config(
+                application,
+                log_config=None,
+                access_log=logging.getLogger().level <= logging.INFO,
+                ws_max_size=settings.max_body_bytes,
+                ws_max_queue=32,
+                ws_ping_interval=20,
+                ws_ping_timeout=20,
+                ws_per_message_deflate=False,
+                timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout)),
+                server_header=False,
+            )
+            _greet(settings, loaded[0], await store.durability(), address, began)
+            await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await store.close()
+
+
+def _greet(
+    settings: Settings, card: Card, durability: Durability, address: str, began: float
+) -> None:
+    learning = "learning on" if settings.learning else "learning off"
+    took = time.perf_counter() - began
+    kept = f" in {settings.data_dir}" if settings.store == "embedded" else ""
+    out.print(f"[bold]HOPE Server[/bold] serves [bold]{card.name}[/bold] on {address}")
+    out.print(f"  model   {card.dtype} on {card.device}, window {card.config.window}, {learning}")
+    out.print(f"  store   {durability.engine}, {durability.mode}{kept}")
+    out.print(f"  chat    open {address} or run hope-chat; Ctrl-C stops ({took:.1f} s to start)")
+    sys.stdout.flush()
+
+
+# --- manners ----------------------------------------------------------------------------------
+
+
+def _settings(**flags: Any) -> Settings:
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "_".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        where = f"--{name.replace('_', '-')} {first.get('input')!r}: " if name else ""
+        raise Refusal(f"{where}{message}") from None
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn errors that a person can mend into one sentence and exit code 1."""
+    from hope_runtime.weights.checkpoint import CheckpointError
+
+    try:
+        yield
+    except (Refusal, StoreError, ConfigError, CheckpointError) as error:
+        err.print(f"[red]hope:[/red] {escape(str(error))}")
+        raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _quiet_interrupt() -> Iterator[None]:
+    with contextlib.suppress(KeyboardInterrupt):
+        yield
+
+
+def _log(verbose: bool) -> None:
+    level = "INFO" if verbose else os.environ.get("HOPE_LOG_LEVEL", "WARNING").upper()
+    handler = RichHandler(console=err, show_path=False, markup=False)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+
+
+if __name__ == "__main__":
+    main()
