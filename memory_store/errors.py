@@ -9,7 +9,8 @@ StoreError
 ├── Incomplete      a commit names blobs that were not staged whole; nothing was changed
 ├── Full            the store has no memory left; nothing was changed
 ├── Unavailable     the store does not answer; whether a commit happened may be unknown
-└── Unsafe          the store's settings would lose data silently; refused at start
+├── Unsafe          the store's settings would lose data silently; refused at start
+└── CannotStart     the embedded server could not be started; the message says why
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Conflict(StoreError):
 class Incompatible(StoreError):
     def __init__(self, session: str, *, expected: str, found: str) -> None:
         super().__init__(
-            f"session {session!r} was saved by model {found!r} and cannot be read by {expected!r}; "
+            f"session {session!r} was saved by {found!r} and cannot be read by {expected!r}; "
             "serve the model that made it, or start a new session"
         )
         self.session, self.expected, self.found = session, expected, found
@@ -79,3 +80,7 @@ class Unavailable(StoreError):
 
 class Unsafe(StoreError):
     """The server's settings (an evicting policy, say) would lose acknowledged sessions."""
+
+
+class CannotStart(StoreError):
+    """No server binary, a data directory in use, or a server that died; says what to do."""

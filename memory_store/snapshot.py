@@ -60,12 +60,18 @@ class Change:
     keep: frozenset[str] = frozenset()
     turn: TurnRecord | None = None
 
+    def __post_init__(self) -> None:
+        if both := self.keep & self.put.keys():
+            raise ValueError(f"blob {min(both)!r} is both put and kept; say which one is meant")
+
 
 @dataclass(frozen=True, slots=True)
 class Committed:
     version: int
     written: int  # bytes that went to the store (compressed)
-    duplicate: bool = False  # this commit id had been committed before; nothing was done
+    # This commit id had been committed before, perhaps by a try of this very call whose reply
+    # was lost; the call changed nothing.
+    duplicate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +123,8 @@ class Deletion:
 class Durability:
     """What the store promises, as read from the running server and not from our settings."""
 
-    mode: str  # "memory", "none", "everysec", "always"
+    mode: str  # "memory", "none", "everysec", "always"; "unknown" where the server will not say
     engine: str  # "valkey 9.1.0", "redis 7.0.15", "memory"
-    policy: str  # maxmemory-policy
+    policy: str  # maxmemory-policy; "unknown" where the server will not say
     aof: bool
     where: str  # address without credentials
