@@ -98,10 +98,10 @@ class HopeConfig:
             raise ConfigError(f"window {self.window} must be >= 2 and sinks {self.sinks} >= 0")
         taken: dict[int, str] = {}
         for level in self.levels:
-            if level.chunk > self.window // 2:
+            if level.chunk > self.window:
                 raise ConfigError(
-                    f"level {level.name!r}: chunk {level.chunk} needs a window of at least "
-                    f"{2 * level.chunk}, not {self.window}"
+                    f"level {level.name!r}: chunk {level.chunk} is longer than the window "
+                    f"({self.window}); a chunk must fit into it"
                 )
             for block in level.blocks:
                 if not 0 <= block < self.blocks:
