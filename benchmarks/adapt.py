@@ -1,7 +1,7 @@
 """Perplexity while reading, without and with learning: `python -m benchmarks.adapt FILE ...`.
 
-Every token is scored before it is learned: the loss of a chunk is taken under the weights from before
-its consolidation.
+Every token is scored before it is learned: the loss of a chunk is taken under the weights from
+before its consolidation.
 """
 
 from __future__ import annotations

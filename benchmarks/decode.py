@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from rich.table import Table
 
@@ -16,6 +19,7 @@ from benchmarks.common import (
     turn,
     where,
 )
+from hope_runtime.engine import Engine
 from hope_runtime.state import State
 
 NEW = 64
@@ -39,23 +43,11 @@ def main(rounds: int = 3) -> None:
         ours = engine(found, dtype)
         twin = transformers_twin(found, dtype)
         for sessions in (1, 8, 16):
-
-            def answer(sessions: int = sessions) -> None:
-                run(ours, *(turn(f"{i}", State(), given, NEW) for i in range(sessions)))
-
-            @torch.no_grad()
-            def generate(sessions: int = sessions) -> None:
-                batch = ids.expand(sessions, -1)
-                twin.generate(
-                    batch,
-                    attention_mask=torch.ones_like(batch),
-                    min_new_tokens=NEW,
-                    max_new_tokens=NEW,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-
-            mine, theirs = interleaved(rounds, answer, generate)
+            mine, theirs = interleaved(
+                rounds,
+                partial(_answer, ours, given, sessions),
+                partial(_generate, twin, ids, sessions),
+            )
             rates = sessions * NEW / mine, sessions * NEW / theirs
             table.add_row(
                 str(dtype).removeprefix("torch."),
@@ -65,3 +57,20 @@ def main(rounds: int = 3) -> None:
                 f"{rates[0] / rates[1]:.2f}",
             )
     console.print(table)
+
+
+def _answer(ours: Engine, given: tuple[tuple[int, float], ...], sessions: int) -> None:
+    run(ours, *(turn(f"{i}", State(), given, NEW) for i in range(sessions)))
+
+
+def _generate(twin: Any, ids: torch.Tensor, sessions: int) -> None:
+    batch = ids.expand(sessions, -1)
+    with torch.no_grad():
+        twin.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            min_new_tokens=NEW,
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+        )
