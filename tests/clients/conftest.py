@@ -6,23 +6,27 @@ What a turn says decides how it goes: see `StandIn.replies`. Everything else is 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import FileResponse, JSONResponse
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server import wire
 
-KEY = "open-sesame"
+PAGE = Path(__file__).parents[2] / "server" / "page"
+POLICY = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"}
 
 
 def refusal(status: int, code: str, message: str) -> JSONResponse:
@@ -47,16 +51,19 @@ class StandIn:
                 Route("/v1/conversations/{id}/items", self.items),
                 Route("/v1/models", self.models),
                 Route("/health/ready", self.ready),
+                Route("/", self.page),
+                Mount("/page", StaticFiles(directory=PAGE)),
             ]
         )
 
     # --- the socket ---------------------------------------------------------------------------
 
     async def socket(self, socket: WebSocket) -> None:
-        if self.key and socket.headers.get("authorization") != f"Bearer {self.key}":
+        offered = socket.scope["subprotocols"]  # where browsers put the key
+        if self.key and not self.allowed(socket) and self.key_protocol not in offered:
             await socket.send_denial_response(refusal(401, "invalid_api_key", "Unknown API key."))
             return
-        await socket.accept()
+        await socket.accept("hope" if "hope" in offered else None)
         self.sockets += 1
         stops: dict[str, asyncio.Event] = {}
         async with asyncio.TaskGroup() as tasks:
@@ -132,7 +139,12 @@ class StandIn:
             durability="always",
         ).model_dump()
 
-    def allowed(self, request: Request) -> bool:
+    @property
+    def key_protocol(self) -> str:
+        encoded = base64.urlsafe_b64encode((self.key or "").encode()).decode()
+        return f"hope-key.{encoded.rstrip('=')}"
+
+    def allowed(self, request: HTTPConnection) -> bool:
         return not self.key or request.headers.get("authorization") == f"Bearer {self.key}"
 
     async def list(self, request: Request) -> JSONResponse:
@@ -140,10 +152,11 @@ class StandIn:
             return refusal(401, "invalid_api_key", "Unknown API key.")
         names = sorted(self.sessions)
         start = int(request.query_params.get("cursor", "0"))
-        more = start + 2 < len(names)
-        page = [self.session(name) for name in names[start : start + 2]]
+        end = start + int(request.query_params.get("limit", "2"))
+        more = end < len(names)
+        page = [self.session(name) for name in names[start:end]]
         return JSONResponse(
-            {"data": page, "has_more": more, "next_cursor": str(start + 2) if more else None}
+            {"data": page, "has_more": more, "next_cursor": str(end) if more else None}
         )
 
     async def one(self, request: Request) -> JSONResponse:
@@ -158,7 +171,7 @@ class StandIn:
         return JSONResponse(self.session(name))
 
     async def items(self, request: Request) -> JSONResponse:
-        said = [text for turn in self.sessions[request.path_params["id"]] for text in turn]
+        said = [text for turn in self.sessions.get(request.path_params["id"], []) for text in turn]
         start = int(request.query_params.get("after", "-1")) + 1
         items = [
             {
@@ -184,6 +197,9 @@ class StandIn:
             levels=[],
         )
         return JSONResponse(wire.ModelList(data=[card]).model_dump())
+
+    async def page(self, request: Request) -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=POLICY)
 
     async def ready(self, request: Request) -> JSONResponse:
         return JSONResponse({"status": "loading", "model": "tiny"}, 503)
@@ -329,9 +345,10 @@ class Script:
 
 
 @contextlib.contextmanager
-def running(stand_in: StandIn, port: int = 0) -> Iterator[StandIn]:
+def running(app: Starlette, port: int = 0) -> Iterator[str]:
+    """Serve an app from a thread; yields where."""
     config = uvicorn.Config(
-        stand_in.app,
+        app,
         host="127.0.0.1",
         port=port,
         ws="websockets-sansio",
@@ -344,19 +361,33 @@ def running(stand_in: StandIn, port: int = 0) -> Iterator[StandIn]:
     thread.start()
     while not server.started:
         time.sleep(0.005)
-    stand_in.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
-        yield stand_in
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
 
 
+@pytest.fixture(scope="session")
+def street() -> Iterator[tuple[Starlette, str]]:
+    """One server for every stand-in, each under a path of its own."""
+    app = Starlette()
+    with running(app) as url:
+        yield app, url
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[..., StandIn]]:
-    """Start stand-ins that end with the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(running(StandIn(**options)))
+def serve(street: tuple[Starlette, str]) -> Callable[..., StandIn]:
+    app, url = street
+
+    def start(**options: Any) -> StandIn:
+        stand_in = StandIn(**options)
+        path = f"/house-{len(app.routes)}"
+        app.router.routes.append(Mount(path, stand_in.app))
+        stand_in.url = url + path
+        return stand_in
+
+    return start
 
 
 @pytest.fixture
