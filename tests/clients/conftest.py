@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -393,6 +394,14 @@ def serve(street: tuple[Starlette, str]) -> Callable[..., StandIn]:
 @pytest.fixture
 def stand_in(serve: Callable[..., StandIn]) -> StandIn:
     return serve()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C through, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -157,6 +157,18 @@ class Terminal:
             self.seen += os.read(self._screen, 4096).decode()
         self.seen = self.seen.partition(words)[2]
 
+    def press_control_c(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def leave(self) -> int:
+        """Press Ctrl-C at the prompt; again if it fell between the prompt and its waiting."""
+        self.press_control_c()
+        try:
+            self.process.wait(3)
+        except subprocess.TimeoutExpired:
+            self.press_control_c()
+        return self.close()
+
     def close(self) -> int:
         try:
             return self.process.wait(10)
@@ -166,7 +178,7 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(stand_in, tmp_path):
+def terminal(stand_in, tmp_path, interruptible):
     terminal = Terminal(stand_in.url, tmp_path)
     yield terminal
     if terminal.process.poll() is None:
@@ -178,7 +190,7 @@ def test_control_c_stops_a_reply_and_then_leaves(terminal):
     terminal.wait_for("nora> ")
     terminal.type("forever\n")
     terminal.wait_for("on and on and ")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.press_control_c()
     terminal.wait_for("stopped; what was said is kept")
     terminal.wait_for("version 1 committed · 3 + ")
     terminal.wait_for("surprise 2.25 · consolidated mid · consolidating slow")
@@ -186,9 +198,8 @@ def test_control_c_stops_a_reply_and_then_leaves(terminal):
     terminal.type("and on\n")
     terminal.wait_for("version 2 committed")
     terminal.wait_for("nora> ")
-    terminal.process.send_signal(signal.SIGINT)
 
-    assert terminal.close() == 0
+    assert terminal.leave() == 0
 
 
 def test_an_error_does_not_end_the_talk_and_control_d_does(terminal, tmp_path):

@@ -48,6 +48,7 @@ def test_an_error_in_the_loop_stops_the_reply(hope):
     assert reply.cancel().cut_short_by == "cancelled"
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_stops_the_reply_and_keeps_what_was_said(hope):
     reply = hope.session("nora").say("forever")
     pieces = []
