@@ -188,9 +188,14 @@ class Chat:
         try:
             status = self._session.status()
         except Refused as error:
-            if error.status != 404:
+            if error.status == 404:
+                self._out.print(
+                    f"{self._session.name} · a new session; /help for help", style="dim"
+                )
+            elif error.status == 410:
+                self.complain(f"{error} Go on as another with /new NAME.")
+            else:
                 raise
-            self._out.print(f"{self._session.name} · a new session; /help for help", style="dim")
         else:
             self._out.print(
                 f"{self._session.name} · version {status.version} · "
@@ -232,7 +237,7 @@ class Chat:
         if self._interactive and not self._sure():
             return
         gone = self._session.delete()
-        self._out.print(f"{gone.id} is forgotten ({gone.bytes:,} bytes).")
+        self._out.print(f"{gone.id} is forgotten ({gone.bytes:,} bytes). Go on with /new NAME.")
 
     def _sure(self) -> bool:
         question = f"Forget {self._session.name} and everything it learned? [y/N] "

@@ -40,7 +40,7 @@ class ConnectionLost(HopeError):
     """The line broke in the middle of a turn.
 
     With `may_be_committed` the turn was on its way and its terminal event never came. Compare
-    `session.status().version`, or say it again with the same `turn_id`: a turn is learned once.
+    `session.status().turns` with what it was before to know whether it is.
     """
 
     code = "connection_lost"

@@ -4,7 +4,7 @@ import { ApiError, call, onLocked } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { Line } from "./line.js";
 import { History, MemoryPanel } from "./memory.js";
-import { make, short } from "./text.js";
+import { make, randomHex, short } from "./text.js";
 
 const element = (id) => document.getElementById(id);
 const line = new Line();
@@ -113,7 +113,8 @@ async function forget(session) {
   });
 }
 
-const firstName = () => standing.keys().next().value ?? "me";
+// A name is not free again after its session was forgotten, so a fresh one is drawn.
+const firstName = () => standing.keys().next().value ?? `session-${randomHex(2)}`;
 
 // --- memory -------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ function send() {
   say("");
   box.value = "";
   grow();
-  current.say(text, element("mode").value, standing.get(current.name)?.version ?? 0);
+  current.say(text, element("mode").value, standing.get(current.name)?.turns ?? 0);
 }
 
 function giveBack(talk, said) {
@@ -186,11 +187,11 @@ function giveBack(talk, said) {
 
 // After a lost line the session itself tells whether the turn was kept.
 async function settle(talk) {
-  const { said, version, mode } = talk.lostTurn;
+  const { said, turns, mode } = talk.lostTurn;
   talk.lostTurn = null;
   await refresh(talk.name);
   await talk.load();
-  const kept = (standing.get(talk.name)?.version ?? 0) > version;
+  const kept = (standing.get(talk.name)?.turns ?? 0) > turns;
   if (kept) say("Connected again; the turn was kept.");
   else if (mode !== "read_write") say("Connected again.");
   else say("Connected again; the turn was not kept, your words are back below.");

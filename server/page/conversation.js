@@ -1,7 +1,7 @@
 // One session's talk: what was said before, and the reply that is arriving.
 
 import { call } from "./api.js";
-import { count, make, render } from "./text.js";
+import { count, make, randomHex, render } from "./text.js";
 
 const LAST_PAGES = 50;
 
@@ -50,16 +50,15 @@ export class Conversation extends EventTarget {
 
   // --- a turn ---
 
-  say(text, mode, version) {
+  say(text, mode, turns) {
     this.element.querySelector(".welcome")?.remove();
     const reply = message("assistant", "");
     const body = reply.querySelector(".body");
     reply.dataset.streaming = "";
     this.element.setAttribute("aria-busy", "true");
-    const asked = message("user", text);
-    this.element.append(asked, reply);
-    const id = newId();
-    this.turn = { id, said: text, mode, version, asked, reply, body, text: "", drawing: false };
+    this.element.append(message("user", text), reply);
+    const id = `turn_${randomHex(16)}`;
+    this.turn = { id, said: text, mode, turns, reply, body, text: "", drawing: false };
     this.line.send({
       type: "response.create",
       event_id: id,
@@ -173,11 +172,6 @@ const absent = (error) => {
   if (error.status === 404) return { data: [], has_more: false };
   throw error;
 };
-
-function newId() {
-  const random = crypto.getRandomValues(new Uint8Array(16));
-  return `turn_${[...random].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
-}
 
 function toMessage(item) {
   const text = item.content.map((part) => part.text).join("");

@@ -180,7 +180,7 @@ function newsLine(news) {
   const words = `at token ${count(news.position)}${loss}, ${Math.round(news.duration_ms)} ms`;
   line.append(
     make("strong", learned ? "" : "bad", news.level),
-    ` ${learned ? "consolidated" : `not changed (${news.outcome})`} `,
+    learned ? " " : ` ${news.outcome} `,
     make("span", "soft", words),
   );
   return line;

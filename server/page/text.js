@@ -35,7 +35,12 @@ export function ago(seconds) {
   for (const [length, unit] of scale) {
     if (seconds >= length) return `${Math.floor(seconds / length)} ${unit} ago`;
   }
-  return seconds < 1 ? "just now" : `${Math.floor(seconds)} s ago`;
+  return `${Math.max(0, Math.floor(seconds))} s ago`;
+}
+
+export function randomHex(length) {
+  const random = crypto.getRandomValues(new Uint8Array(length));
+  return [...random].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 // Fenced and inline code become <pre> and <code>; all else stays the text it is.

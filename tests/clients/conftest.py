@@ -27,7 +27,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from server import wire
 
 PAGE = Path(__file__).parents[2] / "server" / "page"
-POLICY = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"}
+POLICY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+}
 
 
 def refusal(status: int, code: str, message: str) -> JSONResponse:
@@ -162,6 +165,8 @@ class StandIn:
 
     async def one(self, request: Request) -> JSONResponse:
         name = request.path_params["id"]
+        if name == "gone":
+            return refusal(410, "session_deleted", "The session was deleted.")
         if name not in self.sessions:
             return refusal(404, "conversation_not_found", f"There is no session {name}.")
         if request.method == "DELETE":

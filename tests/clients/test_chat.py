@@ -96,7 +96,8 @@ def test_piped_lines_are_answered_in_plain_text(stand_in, tmp_path):
 
 
 def test_commands_work_in_a_pipe(stand_in, tmp_path):
-    script = "hello\n/memory\n/sessions\n/nonsense\n/new ada\n/new nora\n/delete\n/help\n/quit\nno"
+    commands = ["/memory", "/sessions", "/nonsense", "/new ada", "/new gone", "/new nora"]
+    script = "\n".join(["hello", *commands, "/delete", "/help", "/quit", "no"])
 
     done = piped(stand_in.url, tmp_path, script)
 
@@ -107,11 +108,14 @@ def test_commands_work_in_a_pipe(stand_in, tmp_path):
         "1.250%",
         "ada · a new session",
         "nora · version 1 · 1,234 tokens in memory · tiny",
-        "nora is forgotten (1,000 bytes).",
+        "nora is forgotten (1,000 bytes). Go on with /new NAME.",
         "/memory     what the session has learned",
     ):
         assert words in done.stdout
-    assert done.stderr == "There is no command /nonsense; /help lists them.\n"
+    assert done.stderr == (
+        "There is no command /nonsense; /help lists them.\n"
+        "The session was deleted. Go on as another with /new NAME.\n"
+    )
     assert done.returncode == 0
 
 

@@ -120,7 +120,7 @@ def test_a_session_is_begun_left_and_forgotten(page, stand_in):
     page.goto(f"{stand_in.url}/")
     connected(page)
     page.click("#new-session")
-    page.fill("#new-name", "ada/at <home>")
+    page.fill("#new-name", "ada@home")
     page.press("#new-name", "Enter")
     say(page, "remember this")
     page.wait_for_selector(".message.assistant .meta")
@@ -128,7 +128,7 @@ def test_a_session_is_begun_left_and_forgotten(page, stand_in):
     page.click(".session:has-text('nora')")
     page.wait_for_selector(".message.assistant:has-text('hello')")
     page.hover(".session-list li:has-text('ada')")
-    page.click("[aria-label='Forget ada/at <home>']")
+    page.click("[aria-label='Forget ada@home']")
     page.click("#delete-dialog .danger")
     playwright.expect(page.locator(".session")).to_have_count(1)
 
