@@ -156,7 +156,7 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and len(self._seats) < self._lanes.count:
-            turn = self._waiting.popleft()
+            turn = self._waiting[0]  # it stays in line until it is seated: `abandon` must see it
             self._lanes.load(len(self._seats), turn.state)
             self._seats.append(
                 _Seat(
@@ -169,6 +169,7 @@ class Engine:
                     history=[token for token, _ in turn.given],
                 )
             )
+            self._waiting.popleft()
 
     def _working(self, state: State) -> Deltas:
         """Return the session's deltas as the batch uses them: on the device, in its precision."""
@@ -319,10 +320,12 @@ class Engine:
         return [learned, Stepped(Phase.UPDATE, 1, 0, learned.seconds), *self._begin(row)]
 
     def _sleep(self) -> list[Fact]:
-        job = self._sleeping.popleft()
+        job = self._sleeping[0]
         if not job.state.due:
+            self._sleeping.popleft()
             return [Finished(job.id, job.state, Reason.STOP, "", 0, 0, None)]
         state, learned = self._update(job.id, job.state)
+        self._sleeping.popleft()
         facts: list[Fact] = [learned, Stepped(Phase.UPDATE, 1, 0, learned.seconds)]
         if state.due:
             self._sleeping.append(replace(job, state=state))

@@ -69,7 +69,6 @@ async def serving(
         try:
             yield create_app(service)
         finally:
-            metrics.draining.set(1)
             await turns.drain(settings.shutdown_timeout)
 
 

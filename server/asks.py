@@ -38,7 +38,7 @@ def from_response(
     request: wire.ResponseRequest, key: SessionKey | None, settings: Settings, model: str
 ) -> Ask:
     """Return the turn that a Responses request asks for."""
-    _check_model(request.model, model)
+    check_model(request.model, model)
     if request.previous_response_id is not None:
         raise ApiError(
             404,
@@ -69,7 +69,7 @@ def from_chat(
     request: wire.ChatRequest, key: SessionKey | None, settings: Settings, model: str
 ) -> Ask:
     """Return the turn that a chat completion asks for; its messages may be the whole history."""
-    _check_model(request.model, model)
+    check_model(request.model, model)
     most = request.max_completion_tokens or request.max_tokens
     return _ask(
         request,
@@ -145,7 +145,7 @@ def _most(asked: int | None, settings: Settings, param: str) -> int:
     return asked
 
 
-def _check_model(asked: str | None, served: str) -> None:
+def check_model(asked: str | None, served: str) -> None:
     if asked not in (None, "", "default", served):
         raise ApiError(
             404,

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -23,15 +24,16 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from hope_runtime.config import ConfigError
-from memory_store import StoreError
+from memory_store import SessionKey, StoreError
 from server.settings import Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from hope_runtime.engine import Engine
     from hope_runtime.model import Hope
     from hope_runtime.tokenizer import Tokenizer
-    from memory_store import Durability
+    from memory_store import Durability, MemoryStore
     from server.service import Card
+    from server.turns import Turns
 
     Loaded = tuple[Card, Hope, Tokenizer, Engine]
 
@@ -42,6 +44,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_BACKLOG = 2048  # connections that may wait to be accepted
+_HANGING_UP = 2  # seconds for clients to take the last bytes of their replies
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -78,8 +83,9 @@ def serve(
 ) -> None:
     """Serve a model; settings not given here come from HOPE_* environment variables."""
     flags = {name: value for name, value in locals().items() if name != "verbose"}
-    _log(verbose)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as good as Ctrl-C
     with _refusals():
+        _log(verbose)
         settings = _settings(**{name: value for name, value in flags.items() if value is not None})
         _serve(settings)
 
@@ -87,7 +93,12 @@ def serve(
 @app.command()
 def keys(tenant: Annotated[str, typer.Argument(help="who the key is for")] = "default") -> None:
     """Make an API key; put the printed line into HOPE_API_KEYS (comma-separated)."""
-    out.print(f"{tenant}:{secrets.token_urlsafe(32)}")
+    with _refusals():
+        try:
+            SessionKey(tenant, "any")
+        except ValueError as error:
+            raise Refusal(str(error)) from None
+        out.print(f"{tenant}:{secrets.token_urlsafe(32)}")
 
 
 @app.command()
@@ -125,24 +136,24 @@ def _serve(settings: Settings) -> None:
         loaded = _load(settings)
         port = listener.getsockname()[1]
         where = f"[{settings.host}]" if ":" in settings.host else settings.host
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _quiet_interrupt():
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(settings, loaded, url, listener, f"http://{where}:{port}", began))
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """Take the port before anything slow: a taken one is told at once."""
+    """Take the port before anything slow: a taken one is told at once, and who comes waits."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(_BACKLOG)  # two that are only bound would both think the port is theirs
     except OSError as error:
         listener.close()
         raise Refusal(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
             "stop what uses it, or choose another with --port"
         ) from None
-    listener.set_inheritable(True)
     return listener
 
 
@@ -182,19 +193,11 @@ async def _run(
     address: str,
     began: float,
 ) -> None:
-    from memory_store.local import LocalStore
-    from memory_store.redis import RedisStore
     from server.app import serving
 
     if not isinstance(asyncio.get_running_loop(), uvloop.Loop):
         raise Refusal("uvloop is required: on asyncio's own loop one large commit stalls everybody")
-    store = (
-        LocalStore()
-        if url is None
-        else await RedisStore.open(
-            url, kept_versions=settings.kept_versions, allow_eviction=settings.allow_eviction
-        )
-    )
+    store = await _open(settings, url)
     try:
         async with serving(settings, *loaded, store) as application:
             config = uvicorn.Config(
@@ -206,13 +209,53 @@ async def _run(
                 ws_ping_interval=20,
                 ws_ping_timeout=20,
                 ws_per_message_deflate=False,
-                timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout)),
+                backlog=_BACKLOG,
+                timeout_graceful_shutdown=_HANGING_UP,  # by then no turn is open
                 server_header=False,
             )
             _greet(settings, loaded[0], await store.durability(), address, began)
-            await uvicorn.Server(config).serve(sockets=[listener])
+            turns = application.state.service.turns
+            await _Server(config, turns, settings.shutdown_timeout).serve(sockets=[listener])
     finally:
         await store.close()
+
+
+async def _open(settings: Settings, url: str | None) -> MemoryStore:
+    from memory_store import LocalStore, RedisStore
+
+    if url is None:
+        return LocalStore()
+    try:
+        return await RedisStore.open(
+            url, kept_versions=settings.kept_versions, allow_eviction=settings.allow_eviction
+        )
+    except ValueError as error:
+        raise Refusal(f"--redis-url: {error}") from None
+
+
+class _Server(uvicorn.Server):
+    """Stops when told to: first no new turns, then the open ones, and the sockets last."""
+
+    def __init__(self, config: uvicorn.Config, turns: Turns, patience: float) -> None:
+        super().__init__(config)
+        self._turns, self._patience = turns, patience
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own would raise the signal once more at the end, and die of it
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._told_to_stop)
+        yield
+
+    def _told_to_stop(self) -> None:
+        if self.should_exit:  # the second time: now
+            self._turns.drop()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._turns.drain(self._patience)
+        await super().shutdown(sockets)
 
 
 def _greet(
@@ -236,10 +279,12 @@ def _settings(**flags: Any) -> Settings:
         return Settings(**flags)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = "_".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        where = f"--{name.replace('_', '-')} {first.get('input')!r}: " if name else ""
-        raise Refusal(f"{where}{message}") from None
+        if not first["loc"]:
+            raise Refusal(message) from None
+        name = str(first["loc"][0])
+        where = f"--{name.replace('_', '-')}" if name in flags else f"HOPE_{name.upper()}"
+        raise Refusal(f"{where} {first.get('input')!r}: {message}") from None
 
 
 @contextlib.contextmanager
@@ -252,16 +297,14 @@ def _refusals() -> Iterator[None]:
     except (Refusal, StoreError, ConfigError, CheckpointError) as error:
         err.print(f"[red]hope:[/red] {escape(str(error))}")
         raise typer.Exit(1) from None
-
-
-@contextlib.contextmanager
-def _quiet_interrupt() -> Iterator[None]:
-    with contextlib.suppress(KeyboardInterrupt):
-        yield
+    except KeyboardInterrupt:  # while starting; a server that runs is told to stop in its loop
+        raise typer.Exit(130) from None
 
 
 def _log(verbose: bool) -> None:
     level = "INFO" if verbose else os.environ.get("HOPE_LOG_LEVEL", "WARNING").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise Refusal(f"HOPE_LOG_LEVEL {level!r} is not a level; use DEBUG, INFO, WARNING or ERROR")
     handler = RichHandler(console=err, show_path=False, markup=False)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
 

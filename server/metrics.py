@@ -7,6 +7,7 @@ scrape. No session, user or path ever becomes a label.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -38,6 +39,7 @@ BYTES = tuple(float(1 << n) for n in range(12, 34, 2))
 ENDPOINTS = ("responses", "chat_completions")
 TRANSPORTS = ("websocket", "http", "sse")
 OUTCOMES = ("completed", "incomplete", "cancelled", "failed", "rejected")
+CLOSE_CODES = ("1000", "1001", "1005", "1006", "1008", "1009", "1011", "1012", "1013")
 STORE_OPS = ("load", "commit", "delete", "scan")
 STORE_OUTCOMES = ("ok", "dup", "conflict", "gone", "oom", "timeout", "incomplete", "error")
 
@@ -120,7 +122,7 @@ class Metrics:
             "Sockets closed, by code.",
             ["code"],
         )
-        for code in ("1000", "1001", "1008", "1009", "1011", "1012", "1013"):
+        for code in (*CLOSE_CODES, "other"):
             self.closes.labels(code)
         self.auth_failures = counter(
             "hope_auth_failures",
@@ -180,8 +182,7 @@ class Metrics:
             self.connections.dec()
 
     def closed(self, code: int) -> None:
-        known = str(code) if code in (1000, 1001, 1008, 1009, 1011, 1012, 1013) else "other"
-        self.closes.labels(known).inc()
+        self.closes.labels(str(code) if str(code) in CLOSE_CODES else "other").inc()
 
     def skipped(self, tokens: int) -> None:
         self.tokens.labels("skipped_prefix").inc(tokens)
@@ -208,10 +209,11 @@ class Metrics:
                 self.consolidations.labels(c.level, "tokens", c.outcome).inc()
                 self.consolidation_seconds.labels(c.level).observe(seconds)
                 self.consolidation_tokens.labels(c.level).inc(c.tokens)
-                self.surprise.labels(c.level).observe(c.loss)
-                if c.outcome is Outcome.REJECTED:
-                    self.nonfinite.labels(c.level).inc(c.loss != c.loss)
+                if math.isfinite(c.loss):  # one NaN would stay in the sum for ever
+                    self.surprise.labels(c.level).observe(c.loss)
                 else:
+                    self.nonfinite.labels(c.level).inc()
+                if c.outcome is not Outcome.REJECTED:
                     self.norm_ratio.labels(c.level).observe(c.step)
             case Finished(job=job):
                 self._said_at.pop(job, None)

@@ -71,7 +71,7 @@ class Gate:
             )
         if origin is None or origin.rstrip("/") in self._origins:
             return
-        if host is not None and urlsplit(origin).netloc == host:
+        if host is not None and origin.partition("://")[2] == host:
             return
         raise ApiError(
             403,
@@ -127,7 +127,10 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
 
 
 def _hostname(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or ""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # half an IPv6 address
+        return ""
 
 
 def _digest(key: str) -> bytes:

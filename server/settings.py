@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from memory_store import SessionKey
+
 
 def _data_home() -> Path:
     base = os.environ.get("XDG_DATA_HOME")
@@ -94,11 +96,14 @@ class Settings(BaseSettings):
                 "or use --host 127.0.0.1"
             )
         for entry in self.api_keys:
-            tenant, _, key = entry.partition(":")
-            if not tenant or len(key) < 16:
+            tenant, colon, key = entry.partition(":")
+            if not colon:
+                raise ValueError("an API key names no tenant: write HOPE_API_KEYS=tenant:key")
+            SessionKey(tenant, "any")  # says what a tenant may be called
+            if len(key) < 16:
                 raise ValueError(
-                    f"API key of tenant {tenant!r}: write tenant:key with a key of at least "
-                    "16 characters (`hope keys` makes one)"
+                    f"the API key of tenant {tenant!r} has {len(key)} characters: write tenant:key "
+                    "with a key of at least 16 (`hope keys` makes one)"
                 )
         return self
 

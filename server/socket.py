@@ -23,6 +23,7 @@ from server.wire import ResponseCreate, Wire
 router = APIRouter()
 
 PATIENCE = 30.0  # seconds a client may let a frame wait before it is cut off
+FAREWELL = 1.0  # seconds for the close frame of such a client
 SLOW_CONSUMER = 1013
 
 
@@ -64,9 +65,11 @@ class _Loop:
         except* WebSocketDisconnect as left:
             code = _code(left)
         except* TimeoutError:
-            with contextlib.suppress(RuntimeError):
-                await self._socket.close(SLOW_CONSUMER, "the client reads too slowly")
             code = SLOW_CONSUMER
+            # the close frame stands behind what the client does not read
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
+                async with asyncio.timeout(FAREWELL):
+                    await self._socket.close(code, "the client reads too slowly")
         return code
 
     async def _receive(self) -> str:
@@ -111,11 +114,10 @@ class _Loop:
             self._turns.pop(response_id, None)
 
     async def _tell(self, turn: OpenTurn, narrator: Narrator, response_id: str) -> None:
-        happenings = aiter(turn)
         with self._served.metrics.request("responses", "websocket") as measured:
             for event in narrator.begin():
                 await self._send(event)
-            async for happening in happenings:
+            async for happening in turn:
                 note(measured, happening)
                 if isinstance(happening, Ended):
                     self._connection.ended(response_id)
@@ -123,13 +125,16 @@ class _Loop:
                     await self._send(message)
                 if isinstance(happening, Ended):
                     break
-        async for happening in happenings:
+        async for happening in turn:
             for message in narrator.tell(happening):
                 await self._send(message)
 
     async def _send(self, message: Wire) -> None:
         async with self._sending, asyncio.timeout(PATIENCE):
-            await self._socket.send_text(message.model_dump_json())
+            try:
+                await self._socket.send_text(message.model_dump_json())
+            except RuntimeError as error:  # closed from here: a ping went unanswered, or a drain
+                raise WebSocketDisconnect(1006) from error
 
 
 def _code(left: BaseExceptionGroup[WebSocketDisconnect]) -> int:

@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from hope_runtime.engine import Consolidation, Turn
@@ -48,6 +48,7 @@ class OpenTurn:
         self.cancelled = False
         self.ended = False
         self.text = ""  # the reply so far
+        self.base_version = 0  # the session's version when the turn began
         self._stop = stop
         self._happenings: asyncio.Queue[Happening | None] = asyncio.Queue()
 
@@ -57,15 +58,24 @@ class OpenTurn:
         self._stop(self.id, keep)
 
     def put(self, happening: Happening | None) -> None:
-        self.ended = self.ended or isinstance(happening, Ended)
-        if isinstance(happening, Words):
-            self.text += happening.text
+        match happening:
+            case Began(base_version=version):
+                self.base_version = version
+            case Words(text=text):
+                self.text += text
+            case Ended():
+                self.ended = True
         self._happenings.put_nowait(happening)
 
-    async def __aiter__(self) -> AsyncIterator[Happening]:
-        """Yield to the end; what comes after `Ended` is the consolidation it left due."""
-        while (happening := await self._happenings.get()) is not None:
-            yield happening
+    def __aiter__(self) -> AsyncIterator[Happening]:
+        """Go on to the end; what comes after `Ended` is the consolidation it left due."""
+        return self
+
+    async def __anext__(self) -> Happening:
+        if (happening := await self._happenings.get()) is None:
+            self._happenings.put_nowait(None)  # it stays over
+            raise StopAsyncIteration
+        return happening
 
 
 class Turns:
@@ -91,9 +101,16 @@ class Turns:
         self._durability = durability
         self._locks: dict[SessionKey, _Queue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.draining = False
 
     def start(self, ask: Ask) -> OpenTurn:
-        """Begin a turn; it goes on until it ends or is cancelled, whoever listens."""
+        """Begin a turn; it goes on until it ends or is cancelled, whoever listens.
+
+        Raises:
+            ApiError: 503 `draining`.
+        """
+        if self.draining:
+            raise _stopping()
         turn = OpenTurn(ask, lambda job, keep: self._worker.cancel(job, keep=keep))
         task = asyncio.create_task(self._run(turn), name=f"turn-{turn.id}")
         self._tasks.add(task)
@@ -101,13 +118,19 @@ class Turns:
         return turn
 
     async def drain(self, seconds: float) -> None:
-        """Wait for open turns; drop those that take longer."""
+        """Take no new turns, wait for the open ones, and drop those that take longer."""
+        self.draining = True
+        self._metrics.draining.set(1)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
-        for task in self._tasks:
-            task.cancel()
+        self.drop()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    def drop(self) -> None:
+        """End every open turn now; what is not committed is rolled back."""
+        for task in self._tasks:
+            task.cancel()
 
     @asynccontextmanager
     async def alone(self, key: SessionKey) -> AsyncIterator[None]:
@@ -142,6 +165,9 @@ class Turns:
                     after = await self._perform(turn, resident, source)
                     if after is not None and after.state.due:
                         await self._consolidate(turn, after)
+        except asyncio.CancelledError:
+            self._fail(turn, _stopping())
+            raise
         except Exception as error:
             self._fail(turn, error)
         finally:
@@ -168,25 +194,11 @@ class Turns:
         new, skipped = self._new_messages(ask, base)
         job = self._job(turn, base, new)
         turn.put(Began(base.version, source))
-        if turn.cancelled:
-            self._worker.cancel(job.id, keep=False)
         grown: list[str] = []
-        finished: Finished | None = None
-        async for fact in self._worker.perform(job):
-            match fact:
-                case Said(text=text) if text:
-                    turn.put(Words(text))
-                case Learned(consolidated=consolidated, seconds=seconds):
-                    grown.append(consolidated.level)
-                    turn.put(Grown(consolidated, seconds))
-                case Failed(error=error):
-                    raise error
-                case Dropped():
-                    turn.put(self._ended(turn, base, None, grown, Outcome.ROLLED_BACK))
-                    return None
-                case Finished():
-                    finished = fact
-        assert finished is not None, "a job ends in Finished, Dropped or Failed"
+        finished = None if turn.cancelled else await self._answer(turn, job, grown)
+        if finished is None:
+            turn.put(self._ended(turn, base, None, grown, Outcome.ROLLED_BACK))
+            return None
         if finished.text:
             turn.put(Words(finished.text))
         if base.key is _NOBODY or ask.mode is not Mode.READ_WRITE:
@@ -199,6 +211,26 @@ class Turns:
             self._ended(turn, after, finished, grown, Outcome.COMMITTED, skipped, base.version)
         )
         return after
+
+    async def _answer(self, turn: OpenTurn, job: Turn, grown: list[str]) -> Finished | None:
+        """Run the job and tell what happens; None: it was cancelled with nothing to keep."""
+        async with aclosing(self._worker.perform(job)) as facts:
+            async for fact in facts:
+                match fact:
+                    case Said(text=text) if text:
+                        turn.put(Words(text))
+                    case Learned(consolidated=consolidated, seconds=seconds):
+                        grown.append(consolidated.level)
+                        turn.put(Grown(consolidated, seconds))
+                    case Failed(error=error):
+                        raise error
+                    case Dropped():
+                        return None
+                    case Finished():
+                        return fact
+                    case _:
+                        pass
+        raise AssertionError("a job ends in Finished, Dropped or Failed")
 
     async def _commit(
         self,
@@ -238,10 +270,22 @@ class Turns:
 
     async def _consolidate(self, turn: OpenTurn | None, base: Resident) -> Resident:
         """Apply what is due, as a commit of its own; a failure leaves it due."""
-        book = base.book
         id = uuid.uuid4().hex
         with self._metrics.consolidating(base.state.due):
-            async for fact in self._worker.perform(Consolidation(id, base.state)):
+            state, book = await self._apply(turn, Consolidation(id, base.state), base.book)
+            after, written = await self._residency.commit(
+                base, state, book, commit_id=id, turn=None
+            )
+        self._metrics.committed(written, after.state)
+        if turn is not None:
+            turn.put(Kept(after.version))
+        return after
+
+    async def _apply(
+        self, turn: OpenTurn | None, job: Consolidation, book: Book
+    ) -> tuple[State, Book]:
+        async with aclosing(self._worker.perform(job)) as facts:
+            async for fact in facts:
                 match fact:
                     case Learned(consolidated=consolidated, seconds=seconds):
                         at = {**book.learned_at, consolidated.level: time.time()}
@@ -251,16 +295,10 @@ class Turns:
                     case Failed(error=error):
                         raise error
                     case Finished(state=state):
-                        after, written = await self._residency.commit(
-                            base, state, book, commit_id=id, turn=None
-                        )
-                        self._metrics.committed(written, after.state)
-                        if turn is not None:
-                            turn.put(Kept(after.version))
-                        return after
+                        return state, book
                     case _:
                         pass
-        raise ApiError(500, "internal_error", "a consolidation ended without a state")
+        raise AssertionError("a consolidation ends in Finished or Failed")
 
     # --- its parts ----------------------------------------------------------------------------
 
@@ -359,10 +397,13 @@ class Turns:
         if turn.ended:  # the turn stands; only its consolidation failed and stays due
             self._metrics.consolidation_failed()
             return
-        key = turn.ask.key
-        nothing = Resident(key or _NOBODY, 0, State(), Book())
+        nothing = Resident(turn.ask.key or _NOBODY, turn.base_version, State(), Book())
         ended = self._ended(turn, nothing, None, [], Outcome.ROLLED_BACK)
         turn.put(replace(ended, status="failed", reason=None, error=said))
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "draining", "the server is stopping; send the turn again", retry_after=1)
 
 
 _NOBODY = SessionKey("nobody", "nobody")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from queue import SimpleQueue
 
 from hope_runtime.engine import Consolidation, Engine, Turn
@@ -44,10 +44,10 @@ class Worker:
     def running(self) -> int:
         return len(self._jobs)
 
-    async def perform(self, job: Turn | Consolidation) -> AsyncIterator[Fact]:
+    async def perform(self, job: Turn | Consolidation) -> AsyncGenerator[Fact, None]:
         """Run a job; yield its facts, the last of which is Finished, Dropped or Failed.
 
-        Leaving the iteration early (or being cancelled in it) drops the job.
+        Closing it early (or being cancelled in it) drops the job.
         """
         facts: asyncio.Queue[Fact] = asyncio.Queue()
         self._jobs[job.id] = facts

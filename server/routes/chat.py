@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from server import asks, wire
 from server.errors import ApiError
-from server.routes.responses import SSE_HEADERS, finish, leave, note
+from server.routes.responses import EventStream, finish, note
 from server.service import Service, key, service
 from server.turn import Ended, Words
 from server.turns import OpenTurn
@@ -29,14 +29,13 @@ async def complete(body: wire.ChatRequest, request: Request) -> Response:
         session = asks.session_id(body.conversation, request.headers, served.settings)
         owner = key(request, session) if session else None
         ask = asks.from_chat(body, owner, served.settings, served.card.name)
+        turn = served.turns.start(ask)
     except ApiError as error:
         served.metrics.rejected("chat_completions", transport, error.code)
         raise
-    turn = served.turns.start(ask)
     if body.stream:
         teller = _Teller(body, served.card.name)
-        chunks = _stream(turn, teller, served)
-        return StreamingResponse(chunks, media_type="text/event-stream", headers=SSE_HEADERS)
+        return EventStream(turn, _stream(turn, teller, served))
     with served.metrics.request("chat_completions", "http") as measured:
         ended = await finish(turn, request, measured)
     if ended.error is not None:
@@ -54,20 +53,17 @@ async def complete(body: wire.ChatRequest, request: Request) -> Response:
     return JSONResponse(completion.model_dump(mode="json"))
 
 
-async def _stream(turn: OpenTurn, teller: _Teller, served: Service) -> AsyncIterator[str]:
+async def _stream(turn: OpenTurn, teller: _Teller, served: Service) -> AsyncGenerator[str, None]:
     with served.metrics.request("chat_completions", "sse") as measured:
-        try:
-            yield teller.chunk(wire.ChatDelta(role="assistant", content=""))
-            async for happening in turn:
-                note(measured, happening)
-                if isinstance(happening, Words):
-                    yield teller.chunk(wire.ChatDelta(content=happening.text))
-                if isinstance(happening, Ended):
-                    for line in teller.end(happening):
-                        yield line
-                    return
-        finally:
-            leave(turn)
+        yield teller.chunk(wire.ChatDelta(role="assistant", content=""))
+        async for happening in turn:
+            note(measured, happening)
+            if isinstance(happening, Words):
+                yield teller.chunk(wire.ChatDelta(content=happening.text))
+            if isinstance(happening, Ended):
+                for line in teller.end(happening):
+                    yield line
+                return
 
 
 class _Teller:

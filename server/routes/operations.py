@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
 from memory_store import StoreError
-from server import wire
+from server import asks, wire
+from server.errors import ApiError
 from server.metrics import CONTENT_TYPE
 from server.service import service
 
@@ -37,6 +38,9 @@ async def live(request: Request) -> wire.Health:
 async def ready(request: Request) -> Response:
     """Turns can be taken: the model is loaded and the store answers (else 503)."""
     served = service(request)
+    if served.turns.draining:
+        health = wire.Health(status="draining", model=served.card.name)
+        return JSONResponse(health.model_dump(), status_code=503)
     try:
         found = await served.store.durability()
     except StoreError as error:
@@ -61,22 +65,10 @@ async def models(request: Request) -> wire.ModelList:
 
 
 @router.get("/v1/models/{model:path}")
-async def model(model: str, request: Request) -> Response:
+async def model(model: str, request: Request) -> wire.ModelCard:
     """One model by name."""
-    card = _card(request)
-    if model != card.id:
-        return JSONResponse(
-            {
-                "error": {
-                    "type": "not_found_error",
-                    "code": "model_not_found",
-                    "param": "model",
-                    "message": f"model {model!r} is not served here; use {card.id!r}",
-                }
-            },
-            status_code=404,
-        )
-    return JSONResponse(card.model_dump(mode="json"))
+    asks.check_model(model, service(request).card.name)
+    return _card(request)
 
 
 def _card(request: Request) -> wire.ModelCard:
@@ -102,5 +94,5 @@ async def page() -> Response:
 async def page_file(name: str) -> Response:
     file = PAGE / name
     if file.parent != PAGE or not file.is_file():
-        return JSONResponse({"error": {"message": f"no file {name!r}"}}, status_code=404)
+        raise ApiError(404, "not_found", f"the page has no file {name!r}")
     return FileResponse(file, headers=PAGE_HEADERS)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from server import asks, wire
 from server.errors import ApiError
@@ -21,7 +23,6 @@ from server.turns import OpenTurn
 router = APIRouter()
 
 SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-_PATIENCE = 0.5  # seconds between two looks whether the client is still there
 
 
 @router.post("/v1/responses", response_model=wire.Response)
@@ -33,6 +34,7 @@ async def respond(body: wire.ResponseRequest, request: Request) -> Response:
         session = asks.session_id(body.conversation, request.headers, served.settings)
         owner = key(request, session) if session else None
         ask = asks.from_response(body, owner, served.settings, served.card.name)
+        turn = served.turns.start(ask)
     except ApiError as error:
         served.metrics.rejected("responses", transport, error.code)
         raise
@@ -43,10 +45,8 @@ async def respond(body: wire.ResponseRequest, request: Request) -> Response:
         created=time.time(),
         conversation=session,
     )
-    turn = served.turns.start(ask)
     if body.stream:
-        events = _stream(turn, narrator, served)
-        return StreamingResponse(events, media_type="text/event-stream", headers=SSE_HEADERS)
+        return EventStream(turn, _stream(turn, narrator, served))
     with served.metrics.request("responses", "http") as measured:
         ended = await finish(turn, request, measured, narrator)
     if ended.error is not None:
@@ -54,19 +54,31 @@ async def respond(body: wire.ResponseRequest, request: Request) -> Response:
     return JSONResponse(narrator.response.model_dump(mode="json"))
 
 
-async def _stream(turn: OpenTurn, narrator: Narrator, served: Service) -> AsyncIterator[str]:
-    with served.metrics.request("responses", "sse") as measured:
+class EventStream(StreamingResponse):
+    """A turn as server-sent events; however the stream ends, an open turn ends with it."""
+
+    def __init__(self, turn: OpenTurn, frames: AsyncGenerator[str, None]) -> None:
+        super().__init__(frames, media_type="text/event-stream", headers=SSE_HEADERS)
+        self._turn, self._frames = turn, frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            for event in narrator.begin():
-                yield _frame(event)
-            async for happening in turn:
-                note(measured, happening)
-                for message in narrator.tell(happening):
-                    yield _frame(message)
-                if isinstance(happening, Ended):
-                    return
+            async with aclosing(self._frames):
+                await super().__call__(scope, receive, send)
         finally:
-            leave(turn)
+            leave(self._turn)
+
+
+async def _stream(turn: OpenTurn, narrator: Narrator, served: Service) -> AsyncGenerator[str, None]:
+    with served.metrics.request("responses", "sse") as measured:
+        for event in narrator.begin():
+            yield _frame(event)
+        async for happening in turn:
+            note(measured, happening)
+            for message in narrator.tell(happening):
+                yield _frame(message)
+            if isinstance(happening, Ended):
+                return
 
 
 def _frame(message: wire.Wire) -> str:
@@ -98,18 +110,22 @@ async def finish(
     turn: OpenTurn, request: Request, measured: Measured, narrator: Narrator | None = None
 ) -> Ended:
     """Wait for the end of a turn nobody streams, unless the client leaves before it."""
-    happenings = aiter(turn)
     try:
-        while True:
-            step = asyncio.ensure_future(anext(happenings))
-            while not (await asyncio.wait({step}, timeout=_PATIENCE))[0]:
-                if await request.is_disconnected():
-                    turn.cancel(keep=False)
-            happening = step.result()
-            note(measured, happening)
-            if narrator is not None:
-                narrator.tell(happening)
-            if isinstance(happening, Ended):
-                return happening
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(_leave_with(request, turn))
+            async for happening in turn:
+                note(measured, happening)
+                if narrator is not None:
+                    narrator.tell(happening)
+                if isinstance(happening, Ended):
+                    watch.cancel()
+                    return happening
     finally:
         leave(turn)
+    raise AssertionError("a turn ends in Ended")
+
+
+async def _leave_with(request: Request, turn: OpenTurn) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    leave(turn)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request
 from hope_runtime.state import State
 from memory_store import Head
 from server import wire
+from server.errors import ApiError
 from server.residency import Book, Resident
 from server.service import Service, key, service, tenant
 
@@ -25,7 +26,10 @@ async def list_sessions(
 ) -> wire.SessionList:
     """List the tenant's sessions, most recently used first."""
     served = service(request)
-    page = await served.store.sessions(tenant(request), cursor=cursor, limit=limit)
+    try:
+        page = await served.store.sessions(tenant(request), cursor=cursor, limit=limit)
+    except ValueError as error:  # a cursor that is none of ours
+        raise ApiError(400, "invalid_request", str(error), param="cursor") from None
     return wire.SessionList(
         data=[describe(head, served) for head in page.heads],
         has_more=page.cursor is not None,

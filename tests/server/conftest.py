@@ -1,0 +1,189 @@
+"""A small server without a port: a real model, engine, store and application, made in a moment."""
+
+import asyncio
+import os
+import time
+from collections import deque
+from contextlib import asynccontextmanager
+
+import httpx2
+import pytest
+import torch
+
+from hope_runtime.engine import Engine
+from hope_runtime.model import Hope
+from hope_runtime.sampling import Sampling
+from hope_runtime.tokenizer import Message, Role
+from hope_runtime.weights.random import random_checkpoint, tiny_config
+from memory_store import LocalStore, SessionKey
+from server.app import serving
+from server.security import LOCAL
+from server.service import Card
+from server.settings import Settings
+from server.turn import Ask, Ended
+
+GREEDY = Sampling(temperature=0.0)
+URL = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch):
+    for name in os.environ:
+        if name.startswith("HOPE_"):
+            monkeypatch.delenv(name)
+
+
+class Fragile:
+    """A store in RAM that fails and stalls as it is told."""
+
+    def __init__(self):
+        self.kept = LocalStore()
+        self.commits = 0
+        self.failures = deque()  # what the next commits raise; None: one that succeeds
+        self.going_on = asyncio.Event()  # while it is not set, commits wait
+        self.going_on.set()
+        self.down = None  # what every other call raises
+
+    async def commit(self, key, change, *, expected, commit_id):
+        await self.going_on.wait()
+        failure = self.failures.popleft() if self.failures else None
+        if failure is not None:
+            raise failure
+        done = await self.kept.commit(key, change, expected=expected, commit_id=commit_id)
+        self.commits += 1
+        return done
+
+    async def load(self, key, *, fingerprint):
+        self._answer()
+        return await self.kept.load(key, fingerprint=fingerprint)
+
+    async def head(self, key):
+        self._answer()
+        return await self.kept.head(key)
+
+    async def sessions(self, tenant, *, cursor=None, limit=50):
+        self._answer()
+        return await self.kept.sessions(tenant, cursor=cursor, limit=limit)
+
+    async def turns(self, key, *, limit=200):
+        self._answer()
+        return await self.kept.turns(key, limit=limit)
+
+    async def delete(self, key):
+        self._answer()
+        return await self.kept.delete(key)
+
+    async def durability(self):
+        self._answer()
+        return await self.kept.durability()
+
+    async def close(self):
+        await self.kept.close()
+
+    def _answer(self):
+        if self.down is not None:
+            raise self.down
+
+
+class House:
+    """One served application, and short ways to talk to its inside."""
+
+    def __init__(self, app, engine, store):
+        self.app, self.engine, self.store = app, engine, store
+        self.service = app.state.service
+        self.turns = self.service.turns
+        self.metrics = self.service.metrics
+
+    def client(self, key=None, **headers):
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        transport = httpx2.ASGITransport(app=self.app)
+        return httpx2.AsyncClient(transport=transport, base_url=URL, headers=headers)
+
+    def start(self, text, session="s", most=8, **changes):
+        """Begin a greedy turn; `session=None` is a turn without one."""
+        defaults = {
+            "key": SessionKey(LOCAL, session) if session else None,
+            "messages": (Message(Role.USER, text),),
+            "instructions": None,
+            "sampling": GREEDY,
+            "most": most,
+        }
+        return self.turns.start(Ask(**defaults | changes))
+
+    async def turn(self, text, session="s", most=8, **changes):
+        """Have a turn, consolidation included; return everything that happened in it."""
+        return [happening async for happening in self.start(text, session, most, **changes)]
+
+    async def ended(self, text, session="s", most=8, **changes):
+        happenings = await self.turn(text, session, most, **changes)
+        [ended] = [each for each in happenings if isinstance(each, Ended)]
+        return ended
+
+    async def head(self, session="s"):
+        return await self.store.head(SessionKey(LOCAL, session))
+
+    async def idle(self, seconds=5.0):
+        """Wait until the device has nothing to do."""
+        deadline = time.monotonic() + seconds
+        while not (self.engine.idle and not self.turns._worker.running):
+            assert time.monotonic() < deadline, "the engine goes on"
+            await asyncio.sleep(0.005)
+
+    def sample(self, name, **labels):
+        """Return the value of one metric."""
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+class Builder:
+    """Builds houses: `async with build(store, stops=False, turns_waiting=0) as house`."""
+
+    def __init__(self):
+        torch.set_num_threads(1)
+        self.config = tiny_config()
+        self.checkpoint = random_checkpoint(self.config)
+        self.model = Hope(
+            self.config, self.checkpoint.weights, device=torch.device("cpu"), dtype=torch.float32
+        )
+
+    @asynccontextmanager
+    async def __call__(self, store=None, *, stops=True, lanes=4, **settings):
+        """Args: with `stops` off, the model never ends a reply by itself."""
+        tokenizer = random_checkpoint(self.config).tokenizer
+        if not stops:
+            tokenizer.stop_ids = frozenset()
+        store = LocalStore() if store is None else store
+        card = Card("random", self.checkpoint.fingerprint, self.config, "cpu", "float32", 1)
+        engine = Engine(self.model, tokenizer, lanes=lanes, clock=time.perf_counter)
+        chosen = Settings(model="random", store="memory", **{"shutdown_timeout": 1} | settings)
+        async with serving(chosen, card, self.model, tokenizer, engine, store) as app:
+            yield House(app, engine, store)
+
+
+@pytest.fixture(scope="session")
+def build():
+    return Builder()
+
+
+@pytest.fixture
+async def house(build, anyio_backend):
+    """A server that stops replies as its model does."""
+    async with build() as house:
+        yield house
+
+
+@pytest.fixture
+async def endless(build, anyio_backend):
+    """A server whose replies go on to their limit."""
+    async with build(stops=False) as house:
+        yield house
+
+
+@pytest.fixture
+def fragile():
+    return Fragile()
