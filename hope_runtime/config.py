@@ -135,15 +135,17 @@ class HopeConfig:
         """Return this shape with the default levels: the paper's ad-hoc level stacking (7.3).
 
         The top quarter of the blocks learns: the upper half of it every 64 tokens, the lower
-        every 256. Windows too short for these chunks get shorter ones.
+        every 256. Windows too short for these chunks get shorter ones. A step is nearly always
+        clipped, to 0.09 in norm: the best of those tried (docs/log.md).
         """
         first = self.blocks - max(self.blocks // 4, min(2, self.blocks))
         middle = (first + self.blocks) // 2
         fast = min(64, self.window // 8)
-        levels = [LevelConfig("fast", fast, tuple(range(middle, self.blocks)), 0.03, 0.995)]
+        upper = tuple(range(middle, self.blocks))
+        levels = [LevelConfig("fast", fast, upper, rate=0.3, retain=0.995, clip=0.3)]
         if first < middle:
-            slow = tuple(range(first, middle))
-            levels.append(LevelConfig("slow", 4 * fast, slow, 0.03, 0.998))
+            lower = tuple(range(first, middle))
+            levels.append(LevelConfig("slow", 4 * fast, lower, rate=0.3, retain=0.996, clip=0.3))
         return replace(self, levels=tuple(levels))
 
     def to_json(self) -> dict[str, Any]:
