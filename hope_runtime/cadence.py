@@ -47,7 +47,6 @@ def completed(start: int, end: int, config: HopeConfig) -> list[Due]:
 
 def horizon(position: int, due: Sequence[Due], config: HopeConfig) -> int:
     """Return the first position that attention or a pending chunk can still look at."""
-    longest = config.longest_chunk
-    begun = position - position % longest if longest else position
-    pending = min([begun, *(d.start for d in due)])
+    begun = (position - position % level.chunk for level in config.levels)
+    pending = min([position, *begun, *(d.start for d in due)])
     return pending - config.window - 1  # a chunk's first target is predicted by the token before

@@ -122,10 +122,6 @@ class HopeConfig:
         return min((b for level in self.levels for b in level.blocks), default=self.blocks)
 
     @property
-    def longest_chunk(self) -> int:
-        return max((level.chunk for level in self.levels), default=0)
-
-    @property
     def learning_digest(self) -> str:
         """Names what a stored session depends on beside the weights: levels and sinks."""
         kept = [[level.name, level.chunk, level.blocks] for level in self.levels]
