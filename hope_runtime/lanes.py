@@ -52,6 +52,9 @@ class Lanes:
     def load(self, lane: int, state: State) -> None:
         """Lay a session out on a lane."""
         self._positions[lane] = -1
+        # a place that attention may not see weighs nothing, but nothing times NaN is NaN
+        self._rotated[:, lane] = 0.0
+        self._values[:, lane] = 0.0
         window = self._model.config.window
         if state.sinks is not None:
             self._lay(lane, state.sinks)
