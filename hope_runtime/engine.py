@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ READ_SHARED = 64  # and while someone is: a stream may not starve behind a docum
 
 
 class NotFinite(RuntimeError):
-    """The session's own model gave no usable probabilities; nothing of the turn is kept."""
+    """The session's own model gave numbers that mean nothing; nothing of the turn is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class _Seat:
     deltas: Deltas
     reply: Reply
     source: torch.Generator
-    history: list[int]
+    history: list[int] = field(default_factory=list)  # this reply, for the repetition penalty
     hidden: Tensor | None = None  # of the last given token, from which the first word is drawn
     next: int | None = None  # said, not yet read
     surprise: float = 0.0
@@ -166,7 +166,6 @@ class Engine:
                     deltas=self._working(turn.state),
                     reply=Reply(self._tokenizer, turn.stops),
                     source=sampling.generator(turn.sampling),
-                    history=[token for token, _ in turn.given],
                 )
             )
             self._waiting.popleft()
@@ -232,8 +231,7 @@ class Engine:
         """Draw the next token of a seat that speaks; it may be its last."""
         seat = self._seats[row]
         if not bool(logits.isfinite().all()):
-            self._leave(row)
-            yield Failed(seat.turn.id, NotFinite("the model's probabilities are not finite"))
+            yield self._fail(row)
             return
         token, surprise = sampling.sample(logits, seat.history, seat.turn.sampling, seat.source)
         seat.surprise += surprise
@@ -250,6 +248,11 @@ class Engine:
             yield self._finish(row, Reason.STOP)
         elif seat.said >= seat.turn.most:
             yield self._finish(row, Reason.LENGTH)
+
+    def _fail(self, row: int) -> Failed:
+        job = self._seats[row].turn.id
+        self._leave(row)
+        return Failed(job, NotFinite("the model's numbers are not finite"))
 
     def _finish(self, row: int, reason: Reason) -> Finished:
         seat = self._seats[row]
@@ -295,6 +298,8 @@ class Engine:
         part = [seat.unread.popleft() for _ in range(min(limit, len(seat.unread)))]
         tokens, weights = [token for token, _ in part], [weight for _, weight in part]
         read = self._pass(torch.tensor([tokens]), row, [seat])
+        if not bool(read.hidden.isfinite().all()):
+            return [self._fail(row)]
         self._extend(seat, read, 0, tokens, weights)
         seat.read += len(part)
         seat.hidden = read.hidden[0, -1]

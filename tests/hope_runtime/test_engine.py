@@ -36,8 +36,8 @@ def engine(model, checkpoint):
 
 def turn(id, state, text, *, most=12, learn=True, weight=1.0, **changes):
     given = tuple((byte, weight) for byte in text.encode())
-    fields = dict(closing=((10, 0.0),), said_weight=0.0, sampling=GREEDY, stops=(), learn=learn)
-    return Turn(id, state, given, most=most, **fields | changes)
+    fields = {"closing": ((10, 0.0),), "said_weight": 0.0, "sampling": GREEDY, "stops": ()}
+    return Turn(id, state, given, most=most, learn=learn, **fields | changes)
 
 
 def run(engine, *jobs):
@@ -120,7 +120,7 @@ def test_a_chunk_completed_by_the_reply_waits_for_the_end_of_the_turn(engine):
 
     state = end(facts).state
     assert not [f for f in facts if isinstance(f, Learned)]
-    assert [(d.level, d.start, d.end) for d in state.due][0] == ("fast", 0, 8)
+    assert state.due[0] == ("fast", 0, 8)
 
     after = end(run(engine, Consolidation("c", state))["c"]).state
     assert after.due == ()
@@ -145,9 +145,8 @@ def test_eight_sessions_at_once_answer_as_each_alone(engine):
         said(run(engine, turn("a", state, q, most=24))["a"])
         for state, q in zip(started, questions, strict=True)
     ]
-    together = run(
-        engine, *(turn(f"j{i}", s, q, most=24) for i, (s, q) in enumerate(zip(started, questions)))
-    )
+    pairs = zip(started, questions, strict=True)
+    together = run(engine, *(turn(f"j{i}", s, q, most=24) for i, (s, q) in enumerate(pairs)))
 
     assert [said(facts) for facts in together.values()] == alone
     assert len(set(alone)) > 1
@@ -282,6 +281,21 @@ def test_probabilities_that_are_not_finite_fail_their_own_turn_only(engine, mode
     assert isinstance(facts["bad"][-1], Failed)
     assert isinstance(facts["bad"][-1].error, NotFinite)
     assert end(facts["good"]).said > 0
+
+
+@pytest.mark.parametrize("block", [2, 3])
+def test_reading_without_a_reply_fails_too_when_it_is_not_finite(engine, block):
+    """Else the session would be stored with numbers that no one can load."""
+    state, _ = talk(engine, State(), "enough words to have consolidated at least once")
+    level = "fast" if block == 3 else "slow"
+    bad = {name: d * float("nan") for name, d in state.levels[level].delta.items()}
+    levels = {**state.levels, level: replace(state.levels[level], delta=bad)}
+
+    facts = run(engine, turn("bad", replace(state, levels=levels), "hi", most=0, learn=False))
+
+    assert isinstance(facts["bad"][-1], Failed)
+    assert isinstance(facts["bad"][-1].error, NotFinite)
+    assert end(run(engine, turn("next", State(), "hi", learn=False))["next"]).said > 0
 
 
 def test_base_weights_never_change(engine, model):
