@@ -127,7 +127,7 @@ def _sampling(request: wire.Sampling, settings: Settings) -> Sampling:
         top_p=settings.top_p if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         min_p=request.min_p or 0.0,
-        repetition_penalty=request.repetition_penalty or 1.0,
+        repetition_penalty=request.repetition_penalty or settings.repetition_penalty,
         seed=secrets.randbits(63) if request.seed is None else request.seed & (2**63 - 1),
     )
 

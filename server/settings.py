@@ -47,7 +47,9 @@ class Settings(BaseSettings):
     )
     redis_url: str | None = Field(None, description="redis://, rediss:// or unix:// address")
     data_dir: Path = Field(default_factory=_data_home, description="where the embedded store keeps")
-    kept_versions: int = Field(4, ge=1, le=64, description="versions kept of each session")
+    kept_versions: int = Field(
+        1, ge=1, le=64, description="older versions kept beside each session's current one"
+    )
     allow_eviction: bool = Field(
         False, description="start on a Redis that may evict (lose) sessions"
     )
@@ -67,8 +69,11 @@ class Settings(BaseSettings):
     max_output_tokens: int = Field(4096, ge=1, description="longest reply that may be asked for")
     default_output_tokens: int = Field(512, ge=1, description="longest reply where none is asked")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="largest request or socket message")
-    temperature: float = Field(0.2, ge=0, le=2, description="default temperature")
+    temperature: float = Field(0.0, ge=0, le=2, description="default temperature; 0 is greedy")
     top_p: float = Field(0.9, gt=0, le=1, description="default nucleus")
+    repetition_penalty: float = Field(
+        1.1, gt=0, le=10, description="default penalty on tokens the reply has used; 1 is none"
+    )
     turns_waiting: int = Field(
         4, ge=0, description="turns that may queue for one session before `session_busy`"
     )

@@ -176,7 +176,7 @@ const absent = (error) => {
 function toMessage(item) {
   const text = item.content.map((part) => part.text).join("");
   const shown = message(item.role, text);
-  if (item.status === "incomplete") shown.append(make("p", "meta", "stopped"));
+  if (item.status === "incomplete") shown.append(make("p", "meta", "cut short"));
   return shown;
 }
 

@@ -168,7 +168,8 @@ function put(id, text, blink = false) {
 }
 
 function fingerprint(text) {
-  const mark = make("span", "mono", text.slice(0, 12));
+  const hash = text.slice(text.lastIndexOf("@") + 1);
+  const mark = make("span", "mono", hash.slice(0, 12));
   mark.title = `fingerprint of the model: ${text}`;
   return mark;
 }
