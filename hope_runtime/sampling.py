@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _CANDIDATES = 1024  # a nucleus is looked for here first; the whole vocabulary is sorted if it must
+_COLDEST = 1e-6  # temperatures below it differ in nothing but overflow
+_LARGEST = 1e30  # of a penalised logit
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +55,23 @@ def _penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     if penalty == 1.0 or not history:
         return logits
     seen = torch.tensor(sorted(set(history)))
-    found = logits[seen]
-    changed = torch.where(found > 0, found / penalty, found * penalty)
+    found = logits[seen].double()
+    changed = torch.where(found > 0, found / penalty, found * penalty).float()
+    changed = changed.clamp(-_LARGEST, _LARGEST)  # of two infinities no difference can be taken
     return logits.index_copy(0, seen, changed)
 
 
 def _draw(scores: Tensor, settings: Sampling, source: torch.Generator) -> int:
-    scores = scores / settings.temperature
+    scores = (scores - scores.max()) / max(settings.temperature, _COLDEST)
     total = scores.logsumexp(-1)
-    for count in (min(_CANDIDATES, len(scores)), len(scores)):
-        values, tokens = scores.topk(count)
+    for count in (max(_CANDIDATES, settings.top_k), len(scores)):
+        values, tokens = scores.topk(min(count, len(scores)))
         shares = (values - total).exp()
         if settings.top_k:
             shares[settings.top_k :] = 0.0
             shares /= shares.sum()
-        complete = count == len(scores) or 0 < settings.top_k <= count
-        if complete or float(shares.sum()) >= settings.top_p:
+            break
+        if float(shares.sum()) >= settings.top_p:
             break
     before = shares.cumsum(0) - shares  # a token stays while those before it fall short of top_p
     keep = (before < settings.top_p) & (shares >= settings.min_p * shares[0])
