@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,15 +141,15 @@ def compact(state: State, since: int, config: HopeConfig) -> State:
 FORMAT = 1
 
 
-def piece_name(piece: Piece) -> str:
-    return f"window/{piece.start:012d}-{piece.end:012d}"
+def piece_name(start: int, end: int) -> str:
+    return f"window/{start:012d}-{end:012d}"
 
 
 def dump(state: State, stored: State | None) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
     """Return small facts, new blobs, and the names of blobs already `stored` and still in use."""
     held: dict[str, object] = {}
     if stored is not None:
-        held = {piece_name(p): p for p in stored.pieces}
+        held = {piece_name(p.start, p.end): p for p in stored.pieces}
         held |= {"sinks": stored.sinks}
         held |= {f"level/{name}": level.delta for name, level in stored.levels.items()}
     put: dict[str, bytes] = {}
@@ -163,7 +164,7 @@ def dump(state: State, stored: State | None) -> tuple[dict[str, Any], dict[str, 
     if state.sinks is not None:
         place("sinks", state.sinks, _tensors(state.sinks))
     for piece in state.pieces:
-        place(piece_name(piece), piece, _tensors(piece))
+        place(piece_name(piece.start, piece.end), piece, _tensors(piece))
     for name, level in state.levels.items():
         if level.delta:
             place(f"level/{name}", level.delta, level.delta)
@@ -197,20 +198,22 @@ def restore(
     """
     if facts.get("format") != FORMAT:
         raise StateError(f"state format {facts.get('format')!r} is not {FORMAT}")
-    windows = {n: b for n, b in sorted(blobs.items()) if n.startswith("window/")}
-    pieces = tuple(_piece(n, blob, config, dtype) for n, blob in windows.items())
-    sinks = _piece("sinks", blobs["sinks"], config, dtype) if "sinks" in blobs else None
     position = int(facts["position"])
-    due = tuple(Due(str(name), int(start), int(end)) for name, start, end in facts["due"])
-    _check_row(pieces, sinks, [int(start) for start in facts["pieces"]], position, config)
+    ends = [*(int(start) for start in facts["pieces"]), position]
+    if position and len(ends) == 1:
+        raise StateError(f"a session at position {position} has no window")
+    first = min(position, config.sinks)
     return State(
         position=position,
-        sinks=sinks,
-        pieces=pieces,
+        sinks=_piece("sinks", blobs, 0, first, config, dtype) if first else None,
+        pieces=tuple(
+            _piece(piece_name(start, end), blobs, start, end, config, dtype)
+            for start, end in pairwise(ends)
+        ),
         carry=tuple((int(token), float(weight)) for token, weight in facts["carry"]),
-        due=due,
+        due=tuple(Due(str(name), int(start), int(end)) for name, start, end in facts["due"]),
         levels={
-            name: LevelState(delta=_delta(name, blobs, config), **kept)
+            name: LevelState(delta=_delta(name, blobs, config, moved=kept["updates"] > 0), **kept)
             for name, kept in facts["levels"].items()
         },
     )
@@ -227,56 +230,64 @@ def _tensors(piece: Piece) -> dict[str, Tensor]:
     }
 
 
-def _load(name: str, blob: bytes) -> dict[str, Tensor]:
+def _load(name: str, blobs: Mapping[str, bytes]) -> dict[str, Tensor]:
+    if name not in blobs:
+        raise StateError(f"blob {name!r} is missing")
     try:
-        return load_tensors(blob)
+        return load_tensors(blobs[name])
     except SafetensorError as error:
         raise StateError(f"blob {name!r} is not safetensors: {error}") from error
 
 
-def _piece(name: str, blob: bytes, config: HopeConfig, dtype: torch.dtype) -> Piece:
-    tensors = _load(name, blob)
-    n = len(tensors["tokens"]) if "tokens" in tensors else 0
+def _take(name: str, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of a blob, once it is known to be there, of its shape, and finite."""
+    tensor = tensors.get(key)
+    if tensor is None or tuple(tensor.shape) != shape:
+        found = "nothing" if tensor is None else tuple(tensor.shape)
+        raise StateError(f"blob {name!r}: {key} should be {shape}, found {found}")
+    if not bool(tensor.isfinite().all()):
+        raise StateError(f"blob {name!r}: {key} is not finite")
+    return tensor
+
+
+def _piece(
+    name: str,
+    blobs: Mapping[str, bytes],
+    start: int,
+    end: int,
+    config: HopeConfig,
+    dtype: torch.dtype,
+) -> Piece:
+    """Return the piece that holds positions [start, end)."""
+    tensors = _load(name, blobs)
+    n = end - start
     kv = (config.blocks, config.key_heads, n, config.head_width)
-    shapes = {
-        "start": (1,),
-        "tokens": (n,),
-        "weights": (n,),
-        "keys": kv,
-        "values": kv,
-        "inputs": (n, config.width),
-    }
-    for key, shape in shapes.items():
-        if key not in tensors or tuple(tensors[key].shape) != shape:
-            found = tuple(tensors[key].shape) if key in tensors else "nothing"
-            raise StateError(f"blob {name!r}: {key} should be {shape}, found {found}")
-        if tensors[key].is_floating_point() and not bool(tensors[key].isfinite().all()):
-            raise StateError(f"blob {name!r}: {key} is not finite")
+    if int(_take(name, tensors, "start", (1,))) != start:
+        raise StateError(f"blob {name!r} does not start at {start}")
+    tokens = _take(name, tensors, "tokens", (n,)).to(torch.int64)
+    if bool(((tokens < 0) | (tokens >= config.vocabulary)).any()):
+        raise StateError(f"blob {name!r}: tokens are not all of the vocabulary")
     return Piece(
-        start=int(tensors["start"]),
-        tokens=tensors["tokens"].to(torch.int64),
-        weights=tensors["weights"].float(),
+        start=start,
+        tokens=tokens,
+        weights=_take(name, tensors, "weights", (n,)).float(),
         # a server in another precision reads the same session, in its own
-        keys=tensors["keys"].to(dtype),
-        values=tensors["values"].to(dtype),
-        inputs=tensors["inputs"].to(dtype),
+        keys=_take(name, tensors, "keys", kv).to(dtype),
+        values=_take(name, tensors, "values", kv).to(dtype),
+        inputs=_take(name, tensors, "inputs", (n, config.width)).to(dtype),
     )
 
 
-def _delta(level: str, blobs: Mapping[str, bytes], config: HopeConfig) -> Deltas:
-    name = f"level/{level}"
-    known = {each.name: each for each in config.levels}
+def _delta(level: str, blobs: Mapping[str, bytes], config: HopeConfig, *, moved: bool) -> Deltas:
+    known = sorted(each.name for each in config.levels)
     if level not in known:
-        raise StateError(f"the model has no level {level!r}; it has {sorted(known)}")
-    if name not in blobs:
+        raise StateError(f"the model has no level {level!r}; it has {known}")
+    if not moved:
         return {}
-    delta = _load(name, blobs[name])
-    for key, shape in level_shapes(config, level).items():
-        if key not in delta or tuple(delta[key].shape) != shape:
-            raise StateError(f"blob {name!r}: {key} should be {shape}")
-        if not bool(delta[key].isfinite().all()):
-            raise StateError(f"blob {name!r}: {key} is not finite")
-    return delta
+    name = f"level/{level}"
+    tensors = _load(name, blobs)
+    shapes = level_shapes(config, level)
+    return {key: _take(name, tensors, key, shape).float() for key, shape in shapes.items()}
 
 
 def level_shapes(config: HopeConfig, level: str) -> dict[str, tuple[int, int]]:
@@ -287,19 +298,3 @@ def level_shapes(config: HopeConfig, level: str) -> dict[str, tuple[int, int]]:
         shapes[f"blocks.{i}.gate_up"] = (2 * config.hidden, config.width)
         shapes[f"blocks.{i}.down"] = (config.width, config.hidden)
     return shapes
-
-
-def _check_row(
-    pieces: Sequence[Piece],
-    sinks: Piece | None,
-    starts: list[int],
-    position: int,
-    config: HopeConfig,
-) -> None:
-    if [piece.start for piece in pieces] != starts:
-        raise StateError(f"window pieces start at {[p.start for p in pieces]}, not at {starts}")
-    ends = [piece.end for piece in pieces]
-    if ends != [*starts[1:], position][: len(ends)] or (position and not pieces):
-        raise StateError(f"window pieces end at {ends} and do not reach position {position}")
-    if (0 if sinks is None else len(sinks.tokens)) != min(position, config.sinks):
-        raise StateError("the session's first tokens (sinks) are missing")
