@@ -22,7 +22,7 @@ from server.errors import ApiError, answer
 from server.metrics import MeasuredStore, Metrics
 from server.residency import Residency
 from server.routes import chat, operations, responses, sessions
-from server.security import Gate, Guard
+from server.security import BodyLimit, Gate, Guard
 from server.service import Card, Service
 from server.settings import Settings
 from server.turns import Limits, Turns
@@ -74,14 +74,11 @@ async def serving(
 
 def create_app(service: Service) -> FastAPI:
     """Return the application over a service that runs."""
-    app = FastAPI(
-        title="HOPE Server",
-        version=version("hope-server"),
-        max_body_size=service.settings.max_body_bytes,
-    )
+    app = FastAPI(title="HOPE Server", version=version("hope-server"))
     app.state.service = service
     for part in (responses, chat, sessions, operations, socket):
         app.include_router(part.router)
+    app.add_middleware(BodyLimit, most=service.settings.max_body_bytes)
     app.add_middleware(Guard, gate=service.gate, refused=service.metrics.refused)
 
     async def refuse(_: Request, error: Exception) -> Response:

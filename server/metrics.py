@@ -20,7 +20,7 @@ from hope_runtime.cadence import Due
 from hope_runtime.config import HopeConfig
 from hope_runtime.consolidation import Outcome
 from hope_runtime.engine import Engine
-from hope_runtime.report import Fact, Failed, Finished, Learned, Phase, Said, Stepped
+from hope_runtime.report import Dropped, Fact, Failed, Finished, Learned, Phase, Said, Stepped
 from hope_runtime.state import State
 from memory_store import Durability, MemoryStore, SessionKey, Snapshot, StoreError
 from memory_store import errors as store_errors
@@ -215,14 +215,8 @@ class Metrics:
                     self.nonfinite.labels(c.level).inc()
                 if c.outcome is not Outcome.REJECTED:
                     self.norm_ratio.labels(c.level).observe(c.step)
-            case Finished(job=job):
+            case Finished(job=job) | Failed(job=job) | Dropped(job=job):
                 self._said_at.pop(job, None)
-            case Failed(job=job):
-                self._said_at.pop(job, None)
-                self.rollbacks.labels("failed").inc()
-            case _:
-                self._said_at.pop(fact.job, None)
-                self.rollbacks.labels("cancelled").inc()
 
     # --- sessions and memory ------------------------------------------------------------------
 
@@ -280,6 +274,10 @@ class Metrics:
     def loaded(self, source: str, seconds: float) -> None:
         self.loads.labels(source, "ok").inc()
         self.load_seconds.labels(source).observe(seconds)
+
+    def rolled_back(self, reason: str) -> None:
+        """Count a turn that had begun and left no trace."""
+        self.rollbacks.labels(reason).inc()
 
     def committed(self, written: int, state: State) -> None:
         """Take note of a committed state and of the bytes its commit wrote."""

@@ -1,4 +1,4 @@
-"""Who may come in: API keys, tenants, browser origins. Refuses before anything is accepted."""
+"""Who may come in, and with how much: keys, tenants, origins, size. Refuses at the door."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
 from server.settings import is_loopback
@@ -104,6 +105,38 @@ class Guard:
             await _refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """ASGI middleware: a larger body is refused, and never held in memory."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            413,
+            "message_too_large",
+            f"the body is larger than {self._most} bytes; send less, or raise HOPE_MAX_BODY_BYTES",
+        )
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self._most:
+            await _refuse(error, scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise HTTPException(error.status, error.message)
+            return message
+
+        await self._app(scope, counted, send)
 
 
 def _is_open(path: str) -> bool:

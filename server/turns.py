@@ -48,7 +48,7 @@ class OpenTurn:
         self.cancelled = False
         self.ended = False
         self.text = ""  # the reply so far
-        self.base_version = 0  # the session's version when the turn began
+        self.began: Began | None = None
         self._stop = stop
         self._happenings: asyncio.Queue[Happening | None] = asyncio.Queue()
 
@@ -59,8 +59,8 @@ class OpenTurn:
 
     def put(self, happening: Happening | None) -> None:
         match happening:
-            case Began(base_version=version):
-                self.base_version = version
+            case Began():
+                self.began = happening
             case Words(text=text):
                 self.text += text
             case Ended():
@@ -197,6 +197,7 @@ class Turns:
         grown: list[str] = []
         finished = None if turn.cancelled else await self._answer(turn, job, grown)
         if finished is None:
+            self._metrics.rolled_back("cancelled")
             turn.put(self._ended(turn, base, None, grown, Outcome.ROLLED_BACK))
             return None
         if finished.text:
@@ -397,7 +398,10 @@ class Turns:
         if turn.ended:  # the turn stands; only its consolidation failed and stays due
             self._metrics.consolidation_failed()
             return
-        nothing = Resident(turn.ask.key or _NOBODY, turn.base_version, State(), Book())
+        if turn.began is not None:
+            self._metrics.rolled_back("failed")
+        version = turn.began.base_version if turn.began else 0
+        nothing = Resident(turn.ask.key or _NOBODY, version, State(), Book())
         ended = self._ended(turn, nothing, None, [], Outcome.ROLLED_BACK)
         turn.put(replace(ended, status="failed", reason=None, error=said))
 

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Wire(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    # any bound makes pydantic look at the characters: half a surrogate pair is refused on its
+    # way in, since no JSON could carry it out again
+    model_config = ConfigDict(extra="ignore", frozen=True, str_max_length=1 << 30)
 
 
 # --- client to server -------------------------------------------------------------------------

@@ -4,11 +4,12 @@ import asyncio
 import os
 import time
 from collections import deque
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import httpx2
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from hope_runtime.engine import Engine
 from hope_runtime.model import Hope
@@ -187,3 +188,34 @@ async def endless(build, anyio_backend):
 @pytest.fixture
 def fragile():
     return Fragile()
+
+
+class Living:
+    """A house as an application that starts and ends with its test client."""
+
+    def __init__(self, opening):
+        self._opening = opening
+        self.house = None
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "lifespan":
+            await self.house.app(scope, receive, send)
+            return
+        await receive()
+        async with self._opening as self.house:
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+@pytest.fixture
+def door(build):
+    """Return what opens a house to sockets: `with door(...) as (client, house)`."""
+
+    @contextmanager
+    def opened(store=None, **options):
+        living = Living(build(store, **options))
+        with TestClient(living, base_url=URL) as client:
+            yield client, living.house
+
+    return opened
