@@ -122,15 +122,12 @@ def _past(model: Hope, state: State, end: int) -> Past:
     blocks = slice(config.first_level_block, config.blocks)
     parts = between(state.pieces, max(end - config.window, config.sinks), end)
     if state.sinks is not None and end > 0:
-        # the first S places are the sinks'; a session shorter than that has empty ones
         parts = [state.sinks.cut(0, end), *parts]
-    filled = sum(part.end - part.start for part in parts)
-    empty = max(config.sinks - end, 0)
-    positions = torch.full((1, filled + empty), -1, device=model.device)
-    shape = (config.blocks - blocks.start, 1, config.key_heads, empty, config.head_width)
-    nothing = torch.zeros(shape, device=model.device, dtype=model.dtype)
     if not parts:
-        return Past(nothing, nothing, positions)
+        shape = (config.blocks - blocks.start, 1, config.key_heads, 0, config.head_width)
+        nothing = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        none = torch.zeros((1, 0), device=model.device, dtype=torch.int64)
+        return Past(nothing, nothing, none)
 
     def lay(part: Piece) -> Tensor:
         where = torch.arange(part.start, part.end, device=model.device)
@@ -138,12 +135,10 @@ def _past(model: Hope, state: State, end: int) -> Past:
         keys = part.keys[blocks].to(model.device, model.dtype)
         return attention.rotate(keys.transpose(1, 2), turn).transpose(1, 2)[:, None]
 
-    positions[0, :filled] = torch.cat(
-        [torch.arange(part.start, part.end, device=model.device) for part in parts]
-    )
-    rotated = torch.cat([*(lay(part) for part in parts), nothing], 3)
-    values = [part.values[blocks][:, None].to(rotated) for part in parts]
-    return Past(rotated, torch.cat([*values, nothing], 3), positions)
+    positions = [torch.arange(part.start, part.end, device=model.device) for part in parts]
+    rotated = torch.cat([lay(part) for part in parts], 3)
+    values = torch.cat([part.values[blocks][:, None].to(rotated) for part in parts], 3)
+    return Past(rotated, values, torch.cat(positions)[None])
 
 
 def _zeros(model: Hope, level: LevelConfig) -> dict[str, Tensor]:
