@@ -4,9 +4,9 @@ Axes: B sessions, T new tokens, H query heads, K key heads, G = H / K queries pe
 N head width, P places of the past (the first S of them hold the sinks).
 
 A token at position t attends to the `window` positions up to t and to the session's first S
-tokens (sinks). Window keys stand at their true distance. The distance to a sink stops growing
-at `window + S - 1`, so that no rotation is ever larger than those the window itself needs:
-positions never run out. Angles are computed in float64 from absolute positions; a session of
+tokens (sinks). Window keys stand at their true distance. Sinks are looked at as if from position
+`window + S - 1`, once t is beyond it, so that no distance ever grows further: positions never
+run out. Angles are computed in float64 from absolute positions; a session of
 10^9 tokens loses nothing.
 """
 
