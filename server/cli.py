@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -150,9 +151,10 @@ def _listen(settings: Settings) -> socket.socket:
         listener.listen(_BACKLOG)  # two that are only bound would both think the port is theirs
     except OSError as error:
         listener.close()
+        taken = error.errno == errno.EADDRINUSE
+        remedy = "stop what uses it, or choose another --port" if taken else "choose another --host"
         raise Refusal(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
-            "stop what uses it, or choose another with --port"
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); {remedy}"
         ) from None
     return listener
 

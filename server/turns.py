@@ -391,7 +391,7 @@ class Turns:
 
     def _fail(self, turn: OpenTurn, error: Exception) -> None:
         said = answer(error)
-        if said.status >= 500:
+        if said.status >= 500 and said.code != "draining":
             log.error("turn %s failed: %s", turn.id, error, exc_info=said.code == "internal_error")
         else:
             log.info("turn %s refused: %s", turn.id, said.message)
