@@ -38,6 +38,7 @@ from hope_runtime.tokenizer import Tokenizer
 
 READ_ALONE = 256  # tokens read per step while nobody is being answered
 READ_SHARED = 64  # and while someone is: a stream may not starve behind a document
+READ_LEAST = 16  # of one session, however many read together
 
 
 class NotFinite(RuntimeError):
@@ -71,7 +72,7 @@ class Consolidation:
     state: State
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Seat:
     """A turn on a lane."""
 
@@ -217,10 +218,10 @@ class Engine:
         began = self._clock()
         seats = self._seats[: self._speaking]
         tokens = [seat.next for seat in seats if seat.next is not None]
-        read = self._pass(torch.tensor(tokens)[:, None], 0, seats)
+        read = self._pass([[token] for token in tokens], 0, seats)
         logits = self._model.logits(read.hidden[:, -1])
         for row, seat in enumerate(seats):
-            self._extend(seat, read, row, [tokens[row]], [seat.turn.said_weight])
+            self._extend(seat, read, row, [(tokens[row], seat.turn.said_weight)])
         facts: list[Fact] = []
         for row in reversed(range(len(seats))):  # from the last, since a leaver changes the rows
             facts += self._say(row, logits[row])
@@ -289,23 +290,47 @@ class Engine:
         return self._read(row)
 
     def _read(self, row: int) -> list[Fact]:
+        """Let the seat at `row`, and the readers beside it, read on together."""
         began = self._clock()
-        seat = self._seats[row]
-        limit = READ_SHARED if self._speaking else READ_ALONE
-        limit = min(limit, self._model.config.window)
-        if seat.turn.learn:
-            limit = min(limit, until_boundary(seat.state.position, self._model.config) or limit)
-        part = [seat.unread.popleft() for _ in range(min(limit, len(seat.unread)))]
-        tokens, weights = [token for token, _ in part], [weight for _, weight in part]
-        read = self._pass(torch.tensor([tokens]), row, [seat])
-        if not bool(read.hidden.isfinite().all()):
-            return [self._fail(row)]
-        self._extend(seat, read, 0, tokens, weights)
-        seat.read += len(part)
-        seat.hidden = read.hidden[0, -1]
-        facts = [*self._begin(row)]
-        took = self._clock() - began
-        return [*facts, Stepped(Phase.PREFILL, 1, len(part), took)]
+        first, seats = self._readers_around(row)
+        parts = self._parts(seats)
+        read = self._pass([[token for token, _ in part] for part in parts], first, seats)
+        facts: list[Fact] = []
+        for b, (seat, part) in enumerate(zip(seats, parts, strict=True)):
+            seat.hidden = read.hidden[b, len(part) - 1]
+            if not bool(read.hidden[b, : len(part)].isfinite().all()):
+                facts.append(self._fail(self._seats.index(seat)))
+                continue
+            self._extend(seat, read, b, part)
+            seat.read += len(part)
+            facts += self._begin(self._seats.index(seat))
+        took, tokens = self._clock() - began, sum(map(len, parts))
+        return [*facts, Stepped(Phase.PREFILL, len(seats), tokens, took)]
+
+    def _readers_around(self, row: int) -> tuple[int, list[_Seat]]:
+        """Return the unbroken run of seats around `row` that can read, and its first row."""
+        most = (READ_SHARED if self._speaking else READ_ALONE) // READ_LEAST
+        first, end = row, row + 1
+        while end < len(self._seats) and end - first < most and self._can_read(end):
+            end += 1
+        while first > self._speaking and end - first < most and self._can_read(first - 1):
+            first -= 1
+        return first, self._seats[first:end]
+
+    def _can_read(self, row: int) -> bool:
+        return not self._seats[row].state.due and bool(self._seats[row].unread)
+
+    def _parts(self, seats: list[_Seat]) -> list[list[tuple[int, float]]]:
+        """Take from each seat what it reads now: the same share, up to its next boundary."""
+        config = self._model.config
+        share = (READ_SHARED if self._speaking else READ_ALONE) // len(seats)
+        parts = []
+        for seat in seats:
+            limit = min(share, config.window, len(seat.unread))
+            if seat.turn.learn:
+                limit = min(limit, until_boundary(seat.state.position, config) or limit)
+            parts.append([seat.unread.popleft() for _ in range(limit)])
+        return parts
 
     def _begin(self, row: int) -> Iterator[Fact]:
         """Once all is read and consolidated, draw the first token, or end a turn that has none."""
@@ -345,34 +370,38 @@ class Engine:
 
     # --- one pass -----------------------------------------------------------------------------
 
-    def _pass(self, tokens: Tensor, first: int, seats: list[_Seat]) -> Read:
-        """Read tokens [B, T] on the lanes of `seats`, the first of which is `first`."""
+    def _pass(self, tokens: list[list[int]], first: int, seats: list[_Seat]) -> Read:
+        """Read each seat's tokens; `first` is the lane of the first of them.
+
+        Shorter rows are filled up: a filler comes after the row's own tokens, which therefore
+        cannot see it, and is not written to the lane.
+        """
         model = self._model
+        lengths = [len(row) for row in tokens]
+        filled = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in tokens])
         positions = [seat.state.position for seat in seats]
         start = torch.tensor(positions, device=model.device)
         past = self._lanes.view(first, first + len(seats), max(positions))
-        x = model.embed(tokens.to(model.device))
+        x = model.embed(filled.to(model.device))
         read = model.run(x, start, past, [seat.deltas for seat in seats])
-        self._lanes.append(first, start, read)
+        self._lanes.append(first, start, read, lengths)
         return read
 
-    def _extend(
-        self, seat: _Seat, read: Read, row: int, tokens: list[int], weights: list[float]
-    ) -> None:
+    def _extend(self, seat: _Seat, read: Read, row: int, part: list[tuple[int, float]]) -> None:
         """Add what was read to the session's state, and the chunks that it completed."""
         config = self._model.config
-        start = seat.state.position
+        start, n = seat.state.position, len(part)
         piece = Piece(
             start,
-            torch.tensor(tokens),
-            torch.tensor(weights, dtype=torch.float32),
-            read.keys[:, row].cpu(),
-            read.values[:, row].cpu(),
-            read.inputs[row].cpu(),
+            torch.tensor([token for token, _ in part]),
+            torch.tensor([weight for _, weight in part], dtype=torch.float32),
+            read.keys[:, row, :, :n].cpu(),
+            read.values[:, row, :, :n].cpu(),
+            read.inputs[row, :n].cpu(),
         )
         state = extend(seat.state, piece, config)
         if seat.turn.learn:
-            due = completed(start, start + len(tokens), config)
+            due = completed(start, start + n, config)
             found = tuple(each for each in due if learnable(state, each))
             state = replace(state, due=(*state.due, *found))
         seat.state = trim(state, config)

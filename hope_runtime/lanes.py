@@ -7,6 +7,8 @@ in a lane can be rebuilt from the session's `State`; losing a lane loses nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -73,15 +75,22 @@ class Lanes:
         self._values[:, lane, :, places] = piece.values.to(rotated)
         self._positions[lane, places] = positions
 
-    def append(self, first: int, start: Tensor, read: Read) -> None:
-        """Write what a pass over lanes [first, first + B) found; `start` is [B]."""
+    def append(
+        self, first: int, start: Tensor, read: Read, lengths: Sequence[int] | None = None
+    ) -> None:
+        """Write what a pass over lanes [first, first + B) found.
+
+        `start` is [B]; of session b only the first `lengths[b]` tokens of the pass are its own
+        (all of them where no lengths are given).
+        """
         sessions, tokens = read.keys.shape[1], read.keys.shape[3]
-        positions = start[:, None] + torch.arange(tokens, device=start.device)  # [B, T]
-        places = self._place(positions)
-        rows = torch.arange(first, first + sessions, device=start.device)[:, None]
-        # advanced indices on axes 1 and 3 come out in front: [B, T, L, K, N]
-        self._rotated[:, rows, :, places] = read.rotated.permute(1, 3, 0, 2, 4)
-        self._values[:, rows, :, places] = read.values.permute(1, 3, 0, 2, 4)
+        own = torch.tensor(lengths or [tokens] * sessions, device=start.device)[:, None]
+        session, token = (torch.arange(tokens, device=start.device) < own).nonzero().T
+        positions = start[session] + token
+        rows, places = first + session, self._place(positions)
+        # n tokens in all; the indices on axes 1 and 3 come out in front: [n, L, K, N]
+        self._rotated[:, rows, :, places] = read.rotated[:, session, :, token]
+        self._values[:, rows, :, places] = read.values[:, session, :, token]
         self._positions[rows, places] = positions
 
     def _place(self, positions: Tensor) -> Tensor:

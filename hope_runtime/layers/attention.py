@@ -124,26 +124,24 @@ def attend(
     """
     sessions, tokens, heads, width = query.shape
     shared = heads // key.shape[2]
-    near = rotate(query, place.window)
-    far = near if place.sinks is None else rotate(query, place.sinks)
+    near = _by_key_head(rotate(query, place.window), shared)
     new = rotate(key, place.window).transpose(1, 2)  # [B, K, T, N]
-    near, far = (
-        # queries of one key head form one matrix: [B, K, G * T, N]
-        q.view(sessions, tokens, -1, shared, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        for q in (near, far)
-    )
     rotated, values = past
-    scores = torch.cat(
-        [
-            far @ rotated[:, :, :sinks].mT,
-            near @ rotated[:, :, sinks:].mT,
-            near @ new.mT,
-        ],
-        -1,
-    )
+    before = near @ rotated.mT
+    if place.sinks is not None:  # sinks are met under a rotation of their own
+        far = _by_key_head(rotate(query, place.sinks), shared)
+        before[..., :sinks] = far @ rotated[:, :, :sinks].mT
+    scores = torch.cat([before, near @ new.mT], -1)
     scores = scores.view(sessions, -1, shared, tokens, scores.shape[-1]).float()
     weights = torch.softmax(scores * width**-0.5 + place.bias, -1).to(value.dtype).flatten(2, 3)
     held = values.shape[2]
     out = weights[..., :held] @ values + weights[..., held:] @ value  # [B, K, G * T, N]
     out = out.view(sessions, -1, shared, tokens, width).permute(0, 3, 1, 2, 4)
     return out.reshape(sessions, tokens, heads * width), new
+
+
+def _by_key_head(query: Tensor, shared: int) -> Tensor:
+    """Return [B, T, H, N] as one matrix per key head, [B, K, G * T, N]."""
+    sessions, tokens, _, width = query.shape
+    grouped = query.view(sessions, tokens, -1, shared, width)
+    return grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
