@@ -106,7 +106,8 @@ def serve(tmp_path):
 def server(tmp_path_factory):
     """One server for whoever needs no other; it draws the likeliest token unless asked not to."""
     folder = tmp_path_factory.mktemp("server")
-    server = Server(folder, "--store", "memory", HOPE_TEMPERATURE="0").greeted()
+    habits = {"HOPE_TEMPERATURE": "0", "HOPE_DEFAULT_OUTPUT_TOKENS": "4096"}
+    server = Server(folder, "--store", "memory", **habits).greeted()
     yield server
     server.kill()
     assert "Traceback" not in server.errors
@@ -118,7 +119,7 @@ def endless(server):
     with httpx2.Client(base_url=server.url, timeout=60) as http:
         for number in range(64):
             words = f"tell me more {number}"
-            asked = {"input": words, "max_output_tokens": 200, "memory": {"mode": "off"}}
+            asked = {"input": words, "max_output_tokens": 500, "memory": {"mode": "off"}}
             if http.post("/v1/responses", json=asked).json()["status"] == "incomplete":
                 return words
     pytest.fail("the tiny model ends all of its replies")

@@ -91,7 +91,10 @@ function conversation(name) {
     showComposer();
     showSessions();
   });
-  made.addEventListener("kept", () => attempt(() => refresh(name)));
+  made.addEventListener("kept", ({ detail }) => {
+    const committed = detail.memory?.outcome === "committed";
+    if (committed || !isNew(name)) attempt(() => refresh(name));
+  });
   made.addEventListener("failed", ({ detail }) => giveBack(made, detail.said));
   made.addEventListener("lost", ({ detail }) => {
     made.lostTurn = detail;
@@ -159,7 +162,8 @@ function hearOfMemory(event) {
       panel.flash(event);
     }
   }
-  refreshSoon(name);
+  const committed = event.type === "hope:memory.committed"; // only then is a new session there
+  if (committed || !isNew(name)) refreshSoon(name);
 }
 
 // --- talking ------------------------------------------------------------------------------------
