@@ -109,6 +109,7 @@ async function forget(session) {
   if ((await ask("delete-dialog")) !== "yes") return;
   await attempt(async () => {
     await call("DELETE", `v1/sessions/${encodeURIComponent(session.id)}`);
+    clearTimeout(soon.get(session.id));
     recall(session.id).forget();
     for (const kept of [conversations, histories, standing]) kept.delete(session.id);
     if (current?.name === session.id) await openSession(firstName());
