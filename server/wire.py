@@ -146,6 +146,7 @@ class ConversationRequest(Wire):
     """The body of `POST /v1/conversations`."""
 
     metadata: dict[str, str] | None = None
+    items: Annotated[list[Any], Field(max_length=0)] | None = None  # a session begins by a turn
 
 
 # --- server to client: responses --------------------------------------------------------------

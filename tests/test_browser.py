@@ -143,6 +143,7 @@ def test_markup_in_a_message_is_text(page):
 def test_a_session_is_forgotten_when_it_is_asked_to_be(page):
     name = page.locator("#title").text_content()
     say(page, "hello")
+    page.wait_for_timeout(500)  # the page is still asking how the session stands
 
     page.click(f"[aria-label='Forget {name}']")
     page.click("#delete-dialog button[value=yes]")

@@ -129,11 +129,16 @@ class House:
     async def head(self, session="s"):
         return await self.store.head(SessionKey(LOCAL, session))
 
+    @property
+    def quiet(self):
+        """Tell whether nothing is left of any turn: no job, no task, no work for the device."""
+        return self.engine.idle and not self.turns._worker.running and not self.turns._tasks
+
     async def idle(self, seconds=5.0):
-        """Wait until the device has nothing to do."""
+        """Wait until nothing is left of any turn."""
         deadline = time.monotonic() + seconds
-        while not (self.engine.idle and not self.turns._worker.running):
-            assert time.monotonic() < deadline, "the engine goes on"
+        while not self.quiet:
+            assert time.monotonic() < deadline, "something goes on"
             await asyncio.sleep(0.005)
 
     def sample(self, name, **labels):
@@ -210,7 +215,7 @@ class Living:
 
 @pytest.fixture
 def door(build):
-    """Return what opens a house to sockets: `with door(...) as (client, house)`."""
+    """Return what opens a house to sockets, as a client and a house."""
 
     @contextmanager
     def opened(store=None, **options):

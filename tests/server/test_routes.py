@@ -301,7 +301,6 @@ async def test_a_client_that_leaves_its_stream_leaves_no_turn(endless, path, pat
 
     await endless.idle()
     assert (await endless.store.sessions("local")).heads == ()
-    assert endless.turns._tasks == set()
     endpoint = path.removeprefix("/v1/").replace("/", "_")
     assert (
         endless.sample(
@@ -472,6 +471,13 @@ async def test_a_conversation_is_created_empty_talked_to_and_deleted(http):
 
 async def test_a_conversation_needs_no_body(http):
     assert (await http.post("/v1/conversations")).json()["metadata"] == {}
+
+
+async def test_items_for_a_new_conversation_are_refused_and_not_forgotten(http):
+    answer = await http.post("/v1/conversations", json={"items": [user("hello")]})
+
+    assert error(answer, 400, "invalid_request")["param"] == "items"
+    assert (await http.post("/v1/conversations", json={"items": []})).status_code == 200
 
 
 async def test_two_conversations_are_two(http):

@@ -45,11 +45,6 @@ def wait(true, seconds=5.0):
         time.sleep(0.005)
 
 
-def quiet(house):
-    """Tell whether nothing is left of any turn."""
-    return house.engine.idle and not house.turns._tasks and not house.turns._worker.running
-
-
 @pytest.fixture
 def room(door):
     """A server whose replies do not end by themselves, and one socket to it."""
@@ -132,7 +127,7 @@ def test_a_reply_that_is_stopped_is_kept_as_far_as_it_came(room):
     assert 0 < last["usage"]["output_tokens"] < LONG
     items = client.get("/v1/conversations/s/items").json()["data"]
     assert items[-1]["content"][0]["text"] == last["output"][0]["content"][0]["text"]
-    wait(lambda: quiet(house))
+    wait(lambda: house.quiet)
 
 
 def test_a_reply_may_be_rolled_back_when_it_is_stopped(room):
@@ -181,7 +176,7 @@ def test_a_socket_that_closes_mid_reply_rolls_back_and_stops_the_model(door, wor
             line.send_json(create("fresh", most=LONG, stream_id="2"))
             for _ in range(words):
                 until(line, "response.output_text.delta")
-        wait(lambda: quiet(house))
+        wait(lambda: house.quiet)
 
         assert client.get("/v1/sessions/kept").json()["turns"] == 1
         assert client.get("/v1/sessions/fresh").status_code == 404
@@ -198,7 +193,7 @@ def test_a_socket_that_closes_leaves_other_sockets_alone(room):
         until(other, "response.output_text.delta")
 
     assert until_ended(line)[-1]["response"]["memory"]["outcome"] == "committed"
-    wait(lambda: quiet(house))
+    wait(lambda: house.quiet)
 
 
 def test_illegal_messages_are_answered_and_the_socket_stays_open(room):
@@ -238,7 +233,7 @@ def test_a_socket_carries_only_so_many_replies(room):
 
     assert until(line, "error")[-1]["error"]["code"] == "rate_limit_exceeded"
     line.close()
-    wait(lambda: quiet(house))
+    wait(lambda: house.quiet)
 
 
 def test_the_session_may_stand_in_a_header_of_the_handshake(door):
@@ -274,7 +269,7 @@ def test_a_failing_commit_is_the_last_thing_heard_of_a_turn(door, fragile):
         assert last["response"]["error"]["code"] == "internal_error"
         line.send_json(create())
         assert until_ended(line)[-1]["response"]["memory"]["base_version"] == 0
-        wait(lambda: quiet(house))
+        wait(lambda: house.quiet)
 
 
 def test_a_server_that_stops_takes_no_turns_from_open_sockets(door):
@@ -305,8 +300,8 @@ def test_a_server_that_stops_tells_whoever_it_cuts_off(room):
 class Wire:
     """A socket over bare ASGI, whose other end stops taking what is sent after a while."""
 
-    def __init__(self, message, accepts, then):
-        self._incoming = [{"type": "websocket.connect"}, {"type": "websocket.receive", **message}]
+    def __init__(self, *messages, accepts=1000, then=None):
+        self._incoming = [{"type": "websocket.connect"}, *messages]
         self._accepts = accepts
         self._then = then
         self.sent = []
@@ -333,13 +328,27 @@ class Wire:
         await asyncio.Event().wait()
 
 
+ASKED = {"type": "websocket.receive", "text": json.dumps(create(most=LONG))}
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_in_the_same_breath_leaves_no_turn(endless):
+    wire = Wire(ASKED, ASKED, {"type": "websocket.disconnect", "code": 1001})
+
+    await asyncio.wait_for(endless.app(wire.scope, wire.receive, wire.send), 5)
+
+    await endless.idle()
+    assert endless.sample("hope_websocket_close_total", code="1001") == 1
+    assert (await endless.store.sessions("local")).heads == ()
+
+
 @pytest.mark.anyio
 async def test_a_client_that_reads_too_slowly_is_cut_off_and_its_turn_rolled_back(
     endless, monkeypatch
 ):
     monkeypatch.setattr(socket, "PATIENCE", 0.05)
     monkeypatch.setattr(socket, "FAREWELL", 0.05)
-    wire = Wire({"text": json.dumps(create(most=LONG))}, 6, None)
+    wire = Wire(ASKED, accepts=6)
     wire._then = wire.forever
 
     await asyncio.wait_for(endless.app(wire.scope, wire.receive, wire.send), 5)
@@ -357,7 +366,7 @@ async def test_a_connection_that_breaks_mid_reply_ends_its_turn_quietly(endless,
     async def broken():
         raise error
 
-    wire = Wire({"text": json.dumps(create(most=LONG))}, 6, broken)
+    wire = Wire(ASKED, accepts=6, then=broken)
 
     await asyncio.wait_for(endless.app(wire.scope, wire.receive, wire.send), 5)
 
