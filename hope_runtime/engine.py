@@ -30,6 +30,7 @@ from hope_runtime.report import (
     Phase,
     Reason,
     Said,
+    Seated,
     Stepped,
 )
 from hope_runtime.sampling import Sampling
@@ -100,7 +101,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._lanes = Lanes(model, lanes)
         self._clock = clock
-        self._waiting: deque[Turn] = deque()
+        self._waiting: deque[tuple[Turn, float]] = deque()  # and since when
         self._sleeping: deque[Consolidation] = deque()
         self._seats: list[_Seat] = []
         self._speaking = 0
@@ -126,7 +127,7 @@ class Engine:
     def submit(self, job: Turn | Consolidation) -> None:
         """Queue a job; its facts come out of later steps."""
         if isinstance(job, Turn):
-            self._waiting.append(job)
+            self._waiting.append((job, self._clock()))
         else:
             self._sleeping.append(job)
 
@@ -136,7 +137,7 @@ class Engine:
 
     def abandon(self, error: Exception) -> list[Fact]:
         """Drop every job (a pass failed in a way that concerns them all)."""
-        jobs = [*(s.turn.id for s in self._seats), *(t.id for t in self._waiting)]
+        jobs = [*(s.turn.id for s in self._seats), *(turn.id for turn, _ in self._waiting)]
         jobs += [c.id for c in self._sleeping]
         self._waiting.clear()
         self._sleeping.clear()
@@ -148,16 +149,16 @@ class Engine:
     def step(self) -> list[Fact]:
         """Let everyone who speaks say a token, then do one piece of reading or consolidation."""
         facts: list[Fact] = [*self._apply_cancels()]
-        self._admit()
+        facts += self._admit()
         facts += self._speak()
         facts += self._work()
         return facts
 
     # --- who is where -------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self) -> Iterator[Fact]:
         while self._waiting and len(self._seats) < self._lanes.count:
-            turn = self._waiting[0]  # it stays in line until it is seated: `abandon` must see it
+            turn, since = self._waiting[0]  # in line until seated: `abandon` must see it
             self._lanes.load(len(self._seats), turn.state)
             self._seats.append(
                 _Seat(
@@ -170,6 +171,7 @@ class Engine:
                 )
             )
             self._waiting.popleft()
+            yield Seated(turn.id, self._clock() - since)
 
     def _working(self, state: State) -> Deltas:
         """Return the session's deltas as the batch uses them: on the device, in its precision."""
@@ -206,8 +208,8 @@ class Engine:
                 else:
                     self._leave(row)
                     yield Dropped(job)
-            elif any(turn.id == job for turn in self._waiting):
-                self._waiting = deque(turn for turn in self._waiting if turn.id != job)
+            elif any(turn.id == job for turn, _ in self._waiting):
+                self._waiting = deque(each for each in self._waiting if each[0].id != job)
                 yield Dropped(job)
 
     # --- speaking -----------------------------------------------------------------------------

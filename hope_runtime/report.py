@@ -26,6 +26,14 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Seated:
+    """A turn got its lane."""
+
+    job: str
+    waited: float  # seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """One token of a reply: the text that may be shown now (perhaps none) and its surprise."""
 
@@ -84,4 +92,4 @@ class Stepped:
     seconds: float
 
 
-Fact = Said | Learned | Finished | Dropped | Failed | Stepped
+Fact = Seated | Said | Learned | Finished | Dropped | Failed | Stepped

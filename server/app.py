@@ -19,7 +19,8 @@ from memory_store import MemoryStore, StoreError
 from server import socket
 from server.connection import invalid
 from server.errors import ApiError, answer
-from server.metrics import MeasuredStore, Metrics
+from server.measured import MeasuredStore
+from server.metrics import Metrics
 from server.residency import Residency
 from server.routes import chat, operations, responses, sessions
 from server.security import BodyLimit, Gate, Guard
@@ -51,6 +52,7 @@ async def serving(
         model.dtype,
         card.fingerprint,
         budget=settings.host_memory_mib << 20,
+        evicted=metrics.evicted,
     )
     metrics.describe(version("hope-server"), torch.__version__, card.fingerprint)
     metrics.watch(engine, residency, weights=model.bytes)

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,11 +20,20 @@ from hope_runtime.cadence import Due
 from hope_runtime.config import HopeConfig
 from hope_runtime.consolidation import Outcome
 from hope_runtime.engine import Engine
-from hope_runtime.report import Dropped, Fact, Failed, Finished, Learned, Phase, Said, Stepped
+from hope_runtime.report import (
+    Dropped,
+    Fact,
+    Failed,
+    Finished,
+    Learned,
+    Phase,
+    Said,
+    Seated,
+    Stepped,
+)
 from hope_runtime.state import State
-from memory_store import Durability, MemoryStore, SessionKey, Snapshot, StoreError
+from memory_store import Durability, StoreError
 from memory_store import errors as store_errors
-from memory_store.snapshot import Change, Committed, Deletion, Head, Page, TurnRecord
 from server.residency import Residency
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -78,14 +87,8 @@ class Metrics:
             for transport in TRANSPORTS:
                 for outcome in OUTCOMES:
                     self.requests.labels(endpoint, transport, outcome, "")
-        self.in_progress = gauge(
-            "hope_requests_in_progress",
-            "Turns being worked on.",
-        )
-        self.queued = gauge(
-            "hope_requests_queued",
-            "Turns waiting for a lane.",
-        )
+        self.in_progress = gauge("hope_requests_in_progress", "Turns being worked on.")
+        self.queued = gauge("hope_requests_queued", "Turns waiting for a lane.")
         self.duration = histogram(
             "hope_request_duration_seconds",
             "From request to its terminal event.",
@@ -95,6 +98,9 @@ class Metrics:
         for transport in TRANSPORTS:
             for outcome in OUTCOMES:
                 self.duration.labels(transport, outcome)
+        self.queue_seconds = histogram(
+            "hope_request_queue_seconds", "From the engine's door to a lane.", buckets=FIRST
+        )
         self.first_token = histogram(
             "hope_time_to_first_token_seconds",
             "From request to the first text of the reply.",
@@ -104,38 +110,20 @@ class Metrics:
         for state in ("hot", "warm", "cold", "new"):
             self.first_token.labels(state)
         self.inter_token = histogram(
-            "hope_inter_token_seconds",
-            "Between two tokens of a reply.",
-            buckets=FAST,
+            "hope_inter_token_seconds", "Between two tokens of a reply.", buckets=FAST
         )
-        self.connections = gauge(
-            "hope_websocket_connections",
-            "Open sockets.",
-        )
+        self.connections = gauge("hope_websocket_connections", "Open sockets.")
         # not hope_websocket_connections_total: OpenMetrics knows one family of a name
-        self.opened = counter(
-            "hope_websocket_opened",
-            "Sockets accepted.",
-        )
-        self.closes = counter(
-            "hope_websocket_close",
-            "Sockets closed, by code.",
-            ["code"],
-        )
+        self.opened = counter("hope_websocket_opened", "Sockets accepted.")
+        self.closes = counter("hope_websocket_close", "Sockets closed, by code.", ["code"])
         for code in (*CLOSE_CODES, "other"):
             self.closes.labels(code)
         self.auth_failures = counter(
-            "hope_auth_failures",
-            "Requests refused at the gate.",
-            ["reason"],
+            "hope_auth_failures", "Requests refused at the gate.", ["reason"]
         )
         for reason in ("invalid_api_key", "origin_not_allowed"):
             self.auth_failures.labels(reason)
-        self.tokens = counter(
-            "hope_tokens",
-            "Tokens by kind.",
-            ["kind"],
-        )
+        self.tokens = counter("hope_tokens", "Tokens by kind.", ["kind"])
         for kind in ("prompt", "generated", "skipped_prefix"):
             self.tokens.labels(kind)
         self.batch = histogram(
@@ -145,10 +133,7 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
         )
         self.step = histogram(
-            "hope_batch_step_seconds",
-            "One pass of the device.",
-            ["phase"],
-            buckets=FAST,
+            "hope_batch_step_seconds", "One pass of the device.", ["phase"], buckets=FAST
         )
         for phase in Phase:
             self.batch.labels(phase)
@@ -197,6 +182,8 @@ class Metrics:
                 self.step.labels(phase).observe(seconds)
                 if phase is Phase.PREFILL:
                     self.tokens.labels("prompt").inc(tokens)
+            case Seated(waited=waited):
+                self.queue_seconds.observe(waited)
             case Said(job=job):
                 now = time.perf_counter()
                 if (before := self._said_at.get(job)) is not None:
@@ -222,27 +209,24 @@ class Metrics:
 
     def _sessions(self, config: HopeConfig) -> None:
         counter, gauge, histogram = self._makers()
-        self.resident = gauge(
-            "hope_sessions_resident",
-            "Sessions held, by tier.",
-            ["tier"],
-        )
+        self.resident = gauge("hope_sessions_resident", "Sessions held, by tier.", ["tier"])
         for tier in ("device", "host"):
             self.resident.labels(tier)
         self.loads = counter(
-            "hope_session_loads",
-            "Sessions brought in for a turn.",
-            ["source", "outcome"],
+            "hope_session_loads", "Sessions brought in for a turn.", ["source", "outcome"]
         )
         self.load_seconds = histogram(
-            "hope_session_load_seconds",
-            "Time to bring a session in.",
-            ["source"],
-            buckets=FAST,
+            "hope_session_load_seconds", "Time to bring a session in.", ["source"], buckets=FAST
         )
         for source in ("host", "store", "new"):
             self.loads.labels(source, "ok")
             self.load_seconds.labels(source)
+        self.evictions = counter(
+            "hope_session_evictions",
+            "Sessions dropped from a tier to make room; the store has them.",
+            ["from", "reason"],
+        )
+        self.evictions.labels("host", "budget")
         self.state_bytes = histogram(
             "hope_session_state_bytes",
             "Size of a session's parts when committed.",
@@ -251,11 +235,7 @@ class Metrics:
         )
         for part in ("window", *(level.name for level in config.levels)):
             self.state_bytes.labels(part)
-        self.device_memory = gauge(
-            "hope_device_memory_bytes",
-            "Memory by pool.",
-            ["pool"],
-        )
+        self.device_memory = gauge("hope_device_memory_bytes", "Memory by pool.", ["pool"])
         for pool in ("weights", "session_memory"):
             self.device_memory.labels(pool)
 
@@ -270,6 +250,10 @@ class Metrics:
         self.resident.labels("host").set_function(lambda: len(residency))
         self.device_memory.labels("weights").set(weights)
         self.device_memory.labels("session_memory").set(engine.lane_bytes)
+
+    def evicted(self) -> None:
+        """Count a session dropped from RAM."""
+        self.evictions.labels("host", "budget").inc()
 
     def loaded(self, source: str, seconds: float) -> None:
         self.loads.labels(source, "ok").inc()
@@ -292,16 +276,9 @@ class Metrics:
     def _memory(self, config: HopeConfig) -> None:
         counter, gauge, histogram = self._makers()
         levels = [level.name for level in config.levels]
-        self.updates = counter(
-            "hope_memory_updates",
-            "Updates of a level.",
-            ["level", "outcome"],
-        )
+        self.updates = counter("hope_memory_updates", "Updates of a level.", ["level", "outcome"])
         self.update_seconds = histogram(
-            "hope_memory_update_seconds",
-            "One update of a level.",
-            ["level"],
-            buckets=FAST,
+            "hope_memory_update_seconds", "One update of a level.", ["level"], buckets=FAST
         )
         self.norm_ratio = histogram(
             "hope_memory_update_norm_ratio",
@@ -316,41 +293,34 @@ class Metrics:
             buckets=NATS,
         )
         self.nonfinite = counter(
-            "hope_memory_nonfinite",
-            "Updates that were not finite.",
-            ["level"],
+            "hope_memory_nonfinite", "Updates that were not finite.", ["level"]
         )
-        self.rollbacks = counter(
-            "hope_memory_rollbacks",
-            "Turns that left no trace.",
-            ["reason"],
-        )
+        self.rollbacks = counter("hope_memory_rollbacks", "Turns that left no trace.", ["reason"])
         for reason in ("cancelled", "failed"):
             self.rollbacks.labels(reason)
         self.consolidations = counter(
-            "hope_consolidations",
-            "Consolidations.",
-            ["level", "trigger", "outcome"],
+            "hope_consolidations", "Consolidations.", ["level", "trigger", "outcome"]
         )
         self.consolidation_seconds = histogram(
-            "hope_consolidation_seconds",
-            "One consolidation.",
-            ["level"],
-            buckets=FAST,
+            "hope_consolidation_seconds", "One consolidation.", ["level"], buckets=FAST
         )
         self.consolidation_tokens = counter(
-            "hope_consolidation_tokens",
-            "Tokens that were learned from.",
-            ["level"],
+            "hope_consolidation_tokens", "Tokens that were learned from.", ["level"]
         )
         self.backlog = gauge(
-            "hope_consolidation_backlog_sessions",
-            "Sessions with a due chunk.",
+            "hope_consolidation_backlog_sessions", "Sessions with a due chunk.", ["level"]
+        )
+        self.oldest = gauge(
+            "hope_consolidation_oldest_pending_seconds",
+            "How long the session that has waited longest for a level has waited.",
             ["level"],
         )
+        self._pending = {level: Pending() for level in levels}
+        for level, pending in self._pending.items():
+            self.backlog.labels(level).set_function(pending.count)
+            self.oldest.labels(level).set_function(pending.oldest)
         self.failures = counter(
-            "hope_consolidation_failures",
-            "Consolidations that stay due after an error.",
+            "hope_consolidation_failures", "Consolidations that stay due after an error."
         )
         for level in levels:
             for outcome in Outcome:
@@ -363,34 +333,19 @@ class Metrics:
                 self.nonfinite,
                 self.consolidation_seconds,
                 self.consolidation_tokens,
-                self.backlog,
             ):
                 metric.labels(level)
-        self.build_info = gauge(
-            "hope_build_info",
-            "1, with versions.",
-            ["version", "torch"],
-        )
-        self.model_info = gauge(
-            "hope_model_info",
-            "1, with the model.",
-            ["fingerprint"],
-        )
-        self.draining = gauge(
-            "hope_draining",
-            "1 while shutting down.",
-        )
+        self.build_info = gauge("hope_build_info", "1, with versions.", ["version", "torch"])
+        self.model_info = gauge("hope_model_info", "1, with the model.", ["fingerprint"])
+        self.draining = gauge("hope_draining", "1 while shutting down.")
 
     @contextmanager
     def consolidating(self, due: Sequence[Due]) -> Iterator[None]:
-        levels = {each.level for each in due}
-        for level in levels:
-            self.backlog.labels(level).inc()
-        try:
+        """Count a session as waiting for its levels until this is left."""
+        with ExitStack() as stack:
+            for level in {each.level for each in due}:
+                stack.enter_context(self._pending[level].one())
             yield
-        finally:
-            for level in levels:
-                self.backlog.labels(level).dec()
 
     def consolidation_failed(self) -> None:
         self.failures.inc()
@@ -399,45 +354,45 @@ class Metrics:
 
     def _store(self) -> None:
         counter, gauge, histogram = self._makers()
-        self.store_ops = counter(
-            "hope_store_ops",
-            "Operations of the store.",
-            ["op", "outcome"],
-        )
+        self.store_ops = counter("hope_store_ops", "Operations of the store.", ["op", "outcome"])
         self.store_seconds = histogram(
-            "hope_store_op_seconds",
-            "One operation of the store.",
-            ["op"],
-            buckets=FAST,
+            "hope_store_op_seconds", "One operation of the store.", ["op"], buckets=FAST
         )
         for op in STORE_OPS:
             self.store_seconds.labels(op)
             for outcome in STORE_OUTCOMES:
                 self.store_ops.labels(op, outcome)
-        self.store_bytes = counter(
-            "hope_store_bytes",
-            "Bytes moved.",
-            ["direction"],
-        )
+        self.store_bytes = counter("hope_store_bytes", "Bytes moved.", ["direction"])
         for direction in ("in", "out"):
             self.store_bytes.labels(direction)
-        self.store_up = gauge(
-            "hope_store_up",
-            "1 while the store answers.",
+        self.store_up = gauge("hope_store_up", "1 while the store answers.")
+        self._uncommitted = Pending()
+        self.uncommitted = gauge(
+            "hope_store_uncommitted_turns",
+            "Versions on their way to the store: what a crash now would roll back.",
         )
+        self.uncommitted.set_function(self._uncommitted.count)
+        self.oldest_uncommitted = gauge(
+            "hope_store_oldest_uncommitted_seconds", "How long the oldest of them is on its way."
+        )
+        self.oldest_uncommitted.set_function(self._uncommitted.oldest)
         self.durability = gauge(
-            "hope_store_durability_info",
-            "1, with what is promised.",
-            ["mode", "policy", "aof"],
+            "hope_store_durability_info", "1, with what is promised.", ["mode", "policy", "aof"]
         )
-        self.corrupt = counter(
-            "hope_store_corrupt",
-            "Sessions found damaged.",
-        )
+        self.corrupt = counter("hope_store_corrupt", "Sessions found damaged.")
         self.incompatible = counter(
-            "hope_store_incompatible",
-            "Sessions of another model asked for.",
+            "hope_store_incompatible", "Sessions of another model asked for."
         )
+
+    def read(self, stored: int) -> None:
+        """Count the bytes of a session that was loaded."""
+        self.store_bytes.labels("in").inc(stored)
+
+    def promised(self, durability: Durability) -> None:
+        """Tell what the store promises now."""
+        self.durability.clear()
+        aof = str(durability.aof).lower()
+        self.durability.labels(durability.mode, durability.policy, aof).set(1)
 
     @asynccontextmanager
     async def store_op(self, op: str) -> AsyncIterator[None]:
@@ -445,7 +400,8 @@ class Metrics:
         began = time.perf_counter()
         outcome = "ok"
         try:
-            yield
+            with self._uncommitted.one() if op == "commit" else nullcontext():
+                yield
         except StoreError as error:
             outcome = _store_outcome(error)
             self.corrupt.inc(isinstance(error, store_errors.Corrupt))
@@ -461,6 +417,30 @@ class Metrics:
         finally:
             self.store_ops.labels(op, outcome).inc()
             self.store_seconds.labels(op).observe(time.perf_counter() - began)
+
+
+class Pending:
+    """What is under way, and since when."""
+
+    def __init__(self) -> None:
+        self._since: dict[object, float] = {}
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        token = object()
+        self._since[token] = time.perf_counter()
+        try:
+            yield
+        finally:
+            del self._since[token]
+
+    def count(self) -> int:
+        return len(self._since)
+
+    def oldest(self) -> float:
+        """Return the age of the oldest in seconds, 0 where there is none."""
+        now = time.perf_counter()
+        return max((now - since for since in self._since.values()), default=0.0)
 
 
 class Request:
@@ -490,52 +470,6 @@ class Request:
         metrics = self._metrics
         metrics.requests.labels(self._endpoint, self._transport, self.outcome, self.code).inc()
         metrics.duration.labels(self._transport, self.outcome).observe(took)
-
-
-class MeasuredStore:
-    """A store whose every operation is counted and timed."""
-
-    def __init__(self, store: MemoryStore, metrics: Metrics) -> None:
-        self._store, self._metrics = store, metrics
-
-    async def commit(
-        self, key: SessionKey, change: Change, *, expected: int, commit_id: str
-    ) -> Committed:
-        async with self._metrics.store_op("commit"):
-            return await self._store.commit(key, change, expected=expected, commit_id=commit_id)
-
-    async def load(self, key: SessionKey, *, fingerprint: str) -> Snapshot:
-        async with self._metrics.store_op("load"):
-            snapshot = await self._store.load(key, fingerprint=fingerprint)
-        read = sum(blob.stored for blob in snapshot.head.blobs.values())
-        self._metrics.store_bytes.labels("in").inc(read)
-        return snapshot
-
-    async def head(self, key: SessionKey) -> Head:
-        async with self._metrics.store_op("load"):
-            return await self._store.head(key)
-
-    async def sessions(self, tenant: str, *, cursor: str | None = None, limit: int = 50) -> Page:
-        async with self._metrics.store_op("scan"):
-            return await self._store.sessions(tenant, cursor=cursor, limit=limit)
-
-    async def turns(self, key: SessionKey, *, limit: int = 200) -> Sequence[TurnRecord]:
-        async with self._metrics.store_op("load"):
-            return await self._store.turns(key, limit=limit)
-
-    async def delete(self, key: SessionKey) -> Deletion:
-        async with self._metrics.store_op("delete"):
-            return await self._store.delete(key)
-
-    async def durability(self) -> Durability:
-        async with self._metrics.store_op("scan"):
-            found = await self._store.durability()
-        self._metrics.durability.clear()
-        self._metrics.durability.labels(found.mode, found.policy, str(found.aof).lower()).set(1)
-        return found
-
-    async def close(self) -> None:
-        await self._store.close()
 
 
 def _store_outcome(error: StoreError) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -80,12 +80,14 @@ class Residency:
         fingerprint: str,
         *,
         budget: int,
+        evicted: Callable[[], None] = lambda: None,
     ) -> None:
         self.store = store
         self._config = config
         self._dtype = dtype
         self._fingerprint = fingerprint
         self._budget = budget
+        self._evicted = evicted
         self._held: OrderedDict[SessionKey, Resident] = OrderedDict()
         self.bytes = 0
 
@@ -154,6 +156,7 @@ class Residency:
         while self.bytes > self._budget and len(self._held) > 1:
             oldest = next(iter(self._held))
             self.drop(oldest)
+            self._evicted()
 
 
 def known_prefix(book: Book, messages: Sequence[Message]) -> int | None:

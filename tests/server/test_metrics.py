@@ -43,6 +43,7 @@ LABELS = {
     "code",
     "direction",
     "endpoint",
+    "from",
     "fingerprint",
     "kind",
     "le",
