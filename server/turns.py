@@ -46,6 +46,8 @@ class OpenTurn:
         self.ask = ask
         self.id = uuid.uuid4().hex
         self.cancelled = False
+        self.dropped = False  # by a client that left, or that wants nothing of it kept
+        self.committing = False  # from here on the store may have it, whatever goes wrong
         self.ended = False
         self.text = ""  # the reply so far
         self.began: Began | None = None
@@ -55,6 +57,7 @@ class OpenTurn:
     def cancel(self, *, keep: bool) -> None:
         """End the turn at its next token, with what was said kept or rolled back."""
         self.cancelled = True
+        self.dropped = self.dropped or not keep
         self._stop(self.id, keep)
 
     def put(self, happening: Happening | None) -> None:
@@ -163,7 +166,7 @@ class Turns:
                 async with self.alone(ask.key):
                     resident, source = await self._load(ask.key)
                     after = await self._perform(turn, resident, source)
-                    if after is not None and after.state.due:
+                    if after is not None and after.state.due and not self.draining:
                         await self._consolidate(turn, after)
         except asyncio.CancelledError:
             self._fail(turn, _stopping())
@@ -191,12 +194,14 @@ class Turns:
                 f"the session is at version {base.version}, not {ask.if_version}; reload it",
                 param="memory.if_version",
             )
-        new, skipped = self._new_messages(ask, base)
-        job = self._job(turn, base, new)
+        # encoding a long text takes long enough to be felt in everybody's stream
+        new, skipped = await asyncio.to_thread(self._new_messages, ask, base)
+        job = await asyncio.to_thread(self._job, turn, base, new)
+        self._metrics.skipped(skipped)
         turn.put(Began(base.version, source))
         grown: list[str] = []
         finished = None if turn.cancelled else await self._answer(turn, job, grown)
-        if finished is None:
+        if finished is None or turn.dropped:
             self._metrics.rolled_back("cancelled")
             turn.put(self._ended(turn, base, None, grown, Outcome.ROLLED_BACK))
             return None
@@ -263,6 +268,7 @@ class Turns:
                 "at": now,
             },
         )
+        turn.committing = True
         after, written = await self._residency.commit(
             base, finished.state, book, commit_id=turn.id, turn=record
         )
@@ -318,7 +324,6 @@ class Turns:
         if ask.instructions and base.book.instructions != _digest(ask.instructions):
             new = (Message(Role.SYSTEM, ask.instructions), *new)
         skipped = sum(len(self._tokenizer.encode(m.text)) for m in ask.messages[:known])
-        self._metrics.skipped(skipped)
         return new, skipped
 
     def _job(self, turn: OpenTurn, base: Resident, messages: tuple[Message, ...]) -> Turn:
@@ -398,11 +403,14 @@ class Turns:
         if turn.ended:  # the turn stands; only its consolidation failed and stays due
             self._metrics.consolidation_failed()
             return
-        if turn.began is not None:
+        # an answer of the store is certain; silence is not, and stopping is not asking
+        unknown = turn.committing and said.code in ("store_unavailable", "draining")
+        if turn.began is not None and not unknown:
             self._metrics.rolled_back("failed")
         version = turn.began.base_version if turn.began else 0
         nothing = Resident(turn.ask.key or _NOBODY, version, State(), Book())
-        ended = self._ended(turn, nothing, None, [], Outcome.ROLLED_BACK)
+        outcome = Outcome.UNKNOWN if unknown else Outcome.ROLLED_BACK
+        ended = self._ended(turn, nothing, None, [], outcome)
         turn.put(replace(ended, status="failed", reason=None, error=said))
 
 

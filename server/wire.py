@@ -181,8 +181,15 @@ class Usage(Wire):
 
 
 class Outcome(StrEnum):
+    """What became of a turn.
+
+    `unknown`: the store fell silent during the commit; look at the session's version before
+    you send the turn again.
+    """
+
     COMMITTED = "committed"
     ROLLED_BACK = "rolled_back"
+    UNKNOWN = "unknown"
     READ_ONLY = "read_only"
     OFF = "off"
 
