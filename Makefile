@@ -31,8 +31,9 @@ serve: $(VENV)/.serve ## set up what is missing and serve on http://127.0.0.1:80
 weights: $(VENV)/.serve ## fetch the default model into the cache
 	$(BIN)/hope models
 
+# one thread: the tests' models are tiny, and threads that wait for each other are slower
 test: $(VENV)/.dev weights ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 test-long: $(VENV)/.dev weights ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
