@@ -21,7 +21,7 @@ RUN python -m venv /venv \
 FROM python:3.11-slim
 RUN useradd --create-home --uid 1000 hope && install -d -o hope /data
 COPY --from=build /venv /venv
-USER hope
+USER 1000
 # loopback inside a container is nobody's: the server listens on all, and so needs HOPE_API_KEYS
 ENV PATH=/venv/bin:$PATH HOPE_HOST=0.0.0.0 HOPE_DATA_DIR=/data HOPE_CACHE=/data/cache
 VOLUME /data

@@ -42,6 +42,7 @@ check: $(VENV)/.dev ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 fix: $(VENV)/.dev ## let the tools mend what they can
 	$(BIN)/ruff check --fix .

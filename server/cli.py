@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,9 @@ _HANGING_UP = 2  # seconds for clients to take the last bytes of their replies
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+_LOG_SECONDS = 2.0  # between two lines of progress where nobody watches
 
 
 class Refusal(Exception):
@@ -181,10 +185,28 @@ def _store_url(settings: Settings) -> Iterator[str | None]:
 
 def _load(settings: Settings) -> Loaded:
     """Read the model and put it on its device (torch is imported here, not for --help)."""
-    with err.status("starting") as status:
+    with _progress("starting") as report:
         from server.loading import load
 
-        return load(settings, status.update)
+        return load(settings, report)
+
+
+@contextlib.contextmanager
+def _progress(first: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done: a moving line on a terminal, now and then a line in a log."""
+    if err.is_terminal:
+        with err.status(first) as status:
+            yield status.update
+        return
+    told = -math.inf
+
+    def tell(text: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _LOG_SECONDS:
+            told = time.monotonic()
+            err.print(text)
+
+    yield tell
 
 
 async def _run(
