@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import math
 import os
 import secrets
 import signal
@@ -198,7 +197,7 @@ def _progress(first: str) -> Iterator[Callable[[str], None]]:
         with err.status(first) as status:
             yield status.update
         return
-    told = -math.inf
+    told = time.monotonic()  # what is quick needs no line
 
     def tell(text: str) -> None:
         nonlocal told
