@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import Any
 
 import torch
@@ -125,7 +125,8 @@ def extend(state: State, piece: Piece, config: HopeConfig) -> State:
 def trim(state: State, config: HopeConfig) -> State:
     """Drop the pieces that neither the window nor a pending chunk can reach."""
     oldest = horizon(state.position, state.due, config)
-    return replace(state, pieces=tuple(p for p in state.pieces if p.end > oldest))
+    pieces = dropwhile(lambda piece: piece.end <= oldest, state.pieces)  # they lie in order
+    return replace(state, pieces=tuple(pieces))
 
 
 def compact(state: State, since: int, config: HopeConfig) -> State:
