@@ -25,7 +25,7 @@ from server.errors import ApiError, answer
 from server.metrics import Metrics
 from server.residency import Book, Residency, Resident, known_prefix, link
 from server.turn import Ask, Began, Ended, Grown, Happening, Kept, Words
-from server.wire import MemoryResult, Mode, Outcome
+from server.wire import METADATA_KEYS, MemoryResult, Mode, Outcome
 from server.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -194,6 +194,15 @@ class Turns:
                 f"the session is at version {base.version}, not {ask.if_version}; reload it",
                 param="memory.if_version",
             )
+        kept = len(base.book.metadata.keys() | dict(ask.metadata).keys())
+        if kept > METADATA_KEYS:
+            raise ApiError(
+                400,
+                "invalid_request",
+                f"the session would have {kept} metadata keys, more than {METADATA_KEYS}; "
+                "use fewer",
+                param="metadata",
+            )
         # encoding a long text takes long enough to be felt in everybody's stream
         new, skipped = await asyncio.to_thread(self._new_messages, ask, base)
         job = await asyncio.to_thread(self._job, turn, base, new)
@@ -261,8 +270,9 @@ class Turns:
             metadata={**book.metadata, **dict(turn.ask.metadata)},
         )
         record = TurnRecord(
-            turn.ask.turn_id or turn.id,
+            turn.id,  # the client's own may come twice, and both turns were had
             {
+                "turn_id": turn.ask.turn_id,
                 "items": [[str(m.role), m.text] for m in messages],
                 "reason": str(finished.reason),
                 "at": now,

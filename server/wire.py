@@ -67,6 +67,16 @@ class MemoryOptions(Wire):
     rates: dict[Role, Annotated[float, Field(ge=0.0, le=10.0)]] | None = None
 
 
+METADATA_KEYS = 16
+# as much as OpenAI takes: it is kept with every version of a session
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=METADATA_KEYS),
+]
+# each is looked for at every token, on the thread that answers everybody
+Stop = Annotated[str, Field(max_length=256)]
+
+
 class Sampling(Wire):
     """Shared by every endpoint; an unset field takes the server's default."""
 
@@ -76,7 +86,7 @@ class Sampling(Wire):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
 
 
 class ResponseRequest(Sampling):
@@ -90,7 +100,7 @@ class ResponseRequest(Sampling):
     previous_response_id: str | None = None
     stream: bool = False
     stream_id: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     include: list[str] | None = None
     memory: MemoryOptions = MemoryOptions()
     turn_id: str | None = None
@@ -145,7 +155,7 @@ class ChatRequest(Sampling):
 class ConversationRequest(Wire):
     """The body of `POST /v1/conversations`."""
 
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     items: Annotated[list[Any], Field(max_length=0)] | None = None  # a session begins by a turn
 
 

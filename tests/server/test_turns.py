@@ -14,7 +14,7 @@ from server.errors import ApiError
 from server.residency import Book, Resident
 from server.security import LOCAL
 from server.turn import Began, Ended, Grown, Kept, Words
-from server.wire import Mode, Outcome
+from server.wire import METADATA_KEYS, Mode, Outcome
 
 pytestmark = pytest.mark.anyio
 
@@ -70,9 +70,28 @@ async def test_what_was_said_is_in_the_transcript(endless):
     await rest(turn)
 
     [record] = await endless.store.turns(SessionKey(LOCAL, "s"))
-    assert record.turn_id == "t-1"
+    assert record.payload["turn_id"] == "t-1"
     assert record.payload["items"] == [["user", "hello"], ["assistant", turn.text]]
     assert (await endless.head()).meta["book"]["metadata"] == {"name": "Ada"}
+
+
+async def test_two_turns_under_one_id_are_two_in_the_transcript(endless):
+    for text in ("hello", "and then?"):
+        await endless.ended(text, turn_id="t-1")
+
+    records = await endless.store.turns(SessionKey(LOCAL, "s"))
+    assert [each.payload["items"][0][1] for each in records] == ["hello", "and then?"]
+
+
+async def test_a_session_takes_only_so_many_metadata_keys(endless):
+    for n in range(METADATA_KEYS):
+        await endless.ended("hello", most=1, metadata=((f"key-{n}", "value"),))
+    again = await endless.ended("hello", most=1, metadata=(("key-0", "new"),))
+    refused = await endless.ended("hello", most=1, metadata=(("one-more", "value"),))
+
+    assert again.memory.outcome is Outcome.COMMITTED
+    assert (refused.error.status, refused.error.param) == (400, "metadata")
+    assert len((await endless.head()).meta["book"]["metadata"]) == METADATA_KEYS
 
 
 async def test_the_next_turn_goes_on_from_the_last_one(endless):
