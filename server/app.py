@@ -101,8 +101,11 @@ def _invalid(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         said = ApiError(400, "invalid_json", f"the body is not JSON: {first['ctx']['error']}")
+    elif isinstance(first.get("input"), bytes):  # nobody has tried to read it as JSON
+        message = "the body must be JSON, sent with `Content-Type: application/json`"
+        said = ApiError(400, "invalid_json", message)
     else:
-        said = invalid(first)
+        said = invalid(error.errors())
     return JSONResponse({"error": said.detail.model_dump()}, status_code=said.status)
 
 

@@ -102,6 +102,13 @@ def _ask(
         raise ApiError(400, "invalid_request", "the input is empty; say something", param="input")
     if not messages[-1].text.strip():
         raise ApiError(400, "invalid_request", "the last message is empty", param="input")
+    if memory.if_version is not None and (key is None or memory.mode is wire.Mode.OFF):
+        raise ApiError(
+            400,
+            "invalid_request",
+            "if_version speaks of a session, and this turn reads none; name one, or leave it out",
+            param="memory.if_version",
+        )
     stop = request.stop
     return Ask(
         key=key,

@@ -244,7 +244,7 @@ async def _run(
 
 
 async def _open(settings: Settings, url: str | None) -> MemoryStore:
-    from memory_store import LocalStore, RedisStore
+    from memory_store import LocalStore, RedisStore, Unavailable
 
     if url is None:
         return LocalStore()
@@ -254,6 +254,8 @@ async def _open(settings: Settings, url: str | None) -> MemoryStore:
         )
     except ValueError as error:
         raise Refusal(f"--redis-url: {error}") from None
+    except Unavailable as error:
+        raise Refusal(f"{error}; start it, or name another with --redis-url") from None
 
 
 class _Server(uvicorn.Server):

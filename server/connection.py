@@ -6,7 +6,8 @@ nothing and is answered with a recoverable `error`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,15 +114,26 @@ def _parse(text: str) -> ResponseCreate | ResponseCancel:
     try:
         return _KINDS[kind].model_validate(fields)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False)[0]) from None
+        raise invalid(error.errors(include_url=False)) from None
 
 
-def invalid(first: Mapping[str, Any]) -> ApiError:
-    """Return a complaint of pydantic's about a request as an answer."""
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    shown = repr(first.get("input"))
+# how pydantic calls the shapes a field may have, on its way to what is wrong
+_SHAPE = re.compile(r"constrained-str|list\[.*\]|ConversationRef|\[key\]")
+
+
+def invalid(complaints: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return pydantic's complaints about a request as an answer: the most particular of them.
+
+    Where a field may have several shapes there is a complaint for each; the one that was
+    followed furthest is the one that was meant.
+    """
+    chosen = max(complaints, key=lambda complaint: len(complaint["loc"]))
+    parts = [str(part) for part in chosen["loc"] if part != "body"]
+    where = ".".join(part for part in parts if not _SHAPE.fullmatch(part)) or None
+    shown = repr(chosen.get("input"))
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return ApiError(400, "invalid_request", f"{where}: {first['msg']} (got {shown})", param=where)
+    message = f"{where or 'the body'}: {chosen['msg']} (got {shown})"
+    return ApiError(400, "invalid_request", message, param=where)
 
 
 def refusal(error: ApiError, stream_id: str | None, event_id: str | None) -> ErrorEvent:

@@ -174,6 +174,12 @@ def test_a_data_directory_has_one_server(typed, serve, tmp_path):
         pytest.param(
             ("--redis-url", "http://:secret@x"), {}, ("--redis-url", "redis://"), id="no redis url"
         ),
+        pytest.param(
+            ("--redis-url", "redis://:secret@127.0.0.1:1/0"),
+            {},
+            ("127.0.0.1:1", "start it", "--redis-url"),
+            id="no redis there",
+        ),
         pytest.param(("--store", "redis"), {}, ("--redis-url",), id="redis without an address"),
         pytest.param(
             ("--data-dir", "/dev/null/here"), {}, ("/dev/null/here",), id="no place for data"

@@ -143,6 +143,41 @@ def test_a_complaint_names_the_field_and_what_was_sent(connection):
     assert "got 9" in error.message
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": [{"role": "king", "content": "x"}]}, "input.0.role"),
+        (
+            {"input": [{"type": "function_call_output", "role": "user", "content": "x"}]},
+            "input.0.type",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input.0.content.0.type",
+        ),
+        ({"input": 7}, "input"),
+        ({"conversation": {}}, "conversation.id"),
+        ({"memory": {"rates": {"king": 1}}}, "memory.rates.king"),
+    ],
+)
+def test_a_complaint_is_about_the_shape_that_was_meant(connection, fields, param):
+    assert refusal(connection.receive(create(**fields), "r1")).error.param == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ["x"] * 17},
+        {"stop": "x" * 257},
+        {"metadata": {str(n): "x" for n in range(17)}},
+        {"metadata": {"name": "x" * 513}},
+        {"metadata": {"x" * 65: "name"}},
+    ],
+)
+def test_what_is_looked_at_or_kept_again_and_again_has_a_limit(connection, fields):
+    assert refusal(connection.receive(create(**fields), "r1")).error.code == "invalid_request"
+
+
 def test_a_stream_is_free_again_once_its_response_has_ended(busy):
     busy.ended("r2")
 

@@ -161,6 +161,18 @@ async def test_messages_of_every_role_are_taken(http):
         ({"conversation": "../s"}, 400, "invalid_request", "conversation"),
         ({"conversation": {}}, 400, "invalid_request", None),
         ({"memory": {"mode": "maybe"}}, 400, "invalid_request", "memory.mode"),
+        (
+            {"memory": {"mode": "off", "if_version": 1}},
+            400,
+            "invalid_request",
+            "memory.if_version",
+        ),
+        (
+            {"conversation": None, "memory": {"if_version": 1}},
+            400,
+            "invalid_request",
+            "memory.if_version",
+        ),
         ({"memory": {"rates": {"king": 1}}}, 400, "invalid_request", None),
         ({"memory": {"rates": {"user": 11}}}, 400, "invalid_request", None),
     ],
@@ -174,6 +186,14 @@ async def test_a_request_that_cannot_be_served_is_refused(http, change, status, 
     found = error(answer, status, code)
     assert param is None or found["param"] == param
     assert (await http.get("/v1/sessions")).json()["data"] == []
+
+
+async def test_a_body_of_another_type_is_told_what_to_send(http):
+    answer = await http.post("/v1/responses", data={"input": "hello"})
+    nothing = await http.post("/v1/responses")
+
+    assert "Content-Type: application/json" in error(answer, 400, "invalid_json")["message"]
+    assert error(nothing, 400, "invalid_request")["message"].startswith("the body: ")
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions", "/v1/conversations"])
