@@ -125,9 +125,9 @@ def invalid(complaints: Sequence[Mapping[str, Any]]) -> ApiError:
     """Return pydantic's complaints about a request as an answer: the most particular of them.
 
     Where a field may have several shapes there is a complaint for each; the one that was
-    followed furthest is the one that was meant.
+    followed furthest is the one that was meant, or else the one whose type was right.
     """
-    chosen = max(complaints, key=lambda complaint: len(complaint["loc"]))
+    chosen = max(complaints, key=lambda c: (len(c["loc"]), not c["type"].endswith("_type")))
     parts = [str(part) for part in chosen["loc"] if part != "body"]
     where = ".".join(part for part in parts if not _SHAPE.fullmatch(part)) or None
     shown = repr(chosen.get("input"))

@@ -326,8 +326,8 @@ class Turns:
             raise ApiError(
                 409,
                 "history_diverged",
-                f"the messages begin like session {base.key.session!r} but then differ from what "
-                "it has read; send only new messages, or use another session",
+                f"the messages begin like session {base.key.session!r} but do not go on from all "
+                "that it has read; send only new messages, or use another session",
                 param="messages",
             )
         new = ask.messages[known:]

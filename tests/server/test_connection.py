@@ -175,7 +175,10 @@ def test_a_complaint_is_about_the_shape_that_was_meant(connection, fields, param
     ],
 )
 def test_what_is_looked_at_or_kept_again_and_again_has_a_limit(connection, fields):
-    assert refusal(connection.receive(create(**fields), "r1")).error.code == "invalid_request"
+    error = refusal(connection.receive(create(**fields), "r1")).error
+
+    assert error.code == "invalid_request"
+    assert "at most" in error.message
 
 
 def test_a_stream_is_free_again_once_its_response_has_ended(busy):
