@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
+from hope_runtime.consolidation import Consolidated
+from hope_runtime.consolidation import Outcome as Update
 from hope_runtime.engine import Consolidation, Turn
 from hope_runtime.report import Dropped, Failed, Finished, Learned, Reason, Said
 from hope_runtime.state import State
@@ -208,7 +210,7 @@ class Turns:
         job = await asyncio.to_thread(self._job, turn, base, new)
         self._metrics.skipped(skipped)
         turn.put(Began(base.version, source))
-        grown: list[str] = []
+        grown: list[Consolidated] = []
         finished = None if turn.cancelled else await self._answer(turn, job, grown)
         if finished is None or turn.dropped:
             self._metrics.rolled_back("cancelled")
@@ -227,7 +229,9 @@ class Turns:
         )
         return after
 
-    async def _answer(self, turn: OpenTurn, job: Turn, grown: list[str]) -> Finished | None:
+    async def _answer(
+        self, turn: OpenTurn, job: Turn, grown: list[Consolidated]
+    ) -> Finished | None:
         """Run the job and tell what happens; None: it was cancelled with nothing to keep."""
         async with aclosing(self._worker.perform(job)) as facts:
             async for fact in facts:
@@ -235,7 +239,7 @@ class Turns:
                     case Said(text=text) if text:
                         turn.put(Words(text))
                     case Learned(consolidated=consolidated, seconds=seconds):
-                        grown.append(consolidated.level)
+                        grown.append(consolidated)
                         turn.put(Grown(consolidated, seconds))
                     case Failed(error=error):
                         raise error
@@ -253,7 +257,7 @@ class Turns:
         base: Resident,
         new: tuple[Message, ...],
         finished: Finished,
-        grown: list[str],
+        grown: list[Consolidated],
     ) -> Resident:
         book = base.book
         messages = [*new, Message(Role.ASSISTANT, turn.text)] if turn.ask.most else [*new]
@@ -266,7 +270,7 @@ class Turns:
             book,
             turns=book.turns + 1,
             surprise=finished.surprise,
-            learned_at={**book.learned_at, **dict.fromkeys(grown, now)},
+            learned_at={**book.learned_at, **dict.fromkeys((each.level for each in grown), now)},
             metadata={**book.metadata, **dict(turn.ask.metadata)},
         )
         record = TurnRecord(
@@ -373,20 +377,21 @@ class Turns:
         turn: OpenTurn,
         after: Resident,
         finished: Finished | None,
-        grown: list[str],
+        grown: list[Consolidated],
         outcome: Outcome,
         skipped: int = 0,
         base_version: int | None = None,
     ) -> Ended:
         kept = outcome is Outcome.COMMITTED
+        moved = [each.level for each in grown if kept and each.outcome is not Update.REJECTED]
         memory = MemoryResult(
             conversation=None if after.key is _NOBODY else after.key.session,
             base_version=after.version if base_version is None else base_version,
             committed_version=after.version if kept else None,
             outcome=outcome,
             durability=self._durability,
-            updates=len(grown) if kept else 0,
-            consolidated_levels=sorted(set(grown)) if kept else [],
+            updates=len(moved),
+            consolidated_levels=sorted(set(moved)),
             due_levels=sorted({due.level for due in after.state.due}) if kept else [],
             surprise=finished.surprise if finished else None,
         )

@@ -202,6 +202,21 @@ async def test_users_are_learned_from_unless_the_turn_says_otherwise(endless):
     assert updates(await endless.head("silent")) == {}
 
 
+async def test_an_update_that_was_refused_is_not_told_as_learned(endless, monkeypatch):
+    config = endless.engine._model.config
+    tight = tuple(replace(level, bound=1e-12) for level in config.levels)
+    monkeypatch.setattr(endless.engine._model, "config", replace(config, levels=tight))
+
+    happenings = await endless.turn("it rains in the hills today and all week")
+
+    assert {each.consolidated.outcome for each in happenings if isinstance(each, Grown)} == {
+        "rejected"
+    }
+    memory = one(Ended, happenings).memory
+    assert (memory.outcome, memory.updates) == (Outcome.COMMITTED, 0)
+    assert memory.consolidated_levels == []
+
+
 async def test_replies_are_learned_from_only_where_the_turn_says_so(endless):
     quiet = ((Role.USER, 0.0),)
     usual = await endless.ended("hello", "usual", most=20, rates=quiet)
