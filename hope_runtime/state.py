@@ -9,9 +9,10 @@ whole (rollback is forgetting the new one) and a turn stores only its own tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import dropwhile, pairwise
+from itertools import dropwhile, islice, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -106,9 +107,11 @@ def join(pieces: Sequence[Piece]) -> Piece:
     )
 
 
-def between(pieces: Iterable[Piece], start: int, end: int) -> list[Piece]:
-    """Return the parts of `pieces` that lie in [start, end)."""
-    return [p.cut(start, end) for p in pieces if p.start < end and p.end > start]
+def between(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
+    """Return the parts of `pieces`, which lie in order, that are in [start, end)."""
+    first = bisect_right(pieces, start, key=lambda piece: piece.end)
+    found = takewhile(lambda piece: piece.start < end, islice(pieces, first, None))
+    return [piece.cut(start, end) for piece in found]
 
 
 def extend(state: State, piece: Piece, config: HopeConfig) -> State:

@@ -359,3 +359,26 @@ def test_bytes_counts_every_tensor_once():
     numbers = sum(t.nbytes for blob in put.values() for t in load_tensors(blob).values())
 
     assert state.bytes == numbers - 8 * (len(state.pieces) + 1)  # `start` is no tensor in RAM
+
+
+def test_a_stretch_is_found_among_many_pieces_without_looking_at_all():
+    looked = []
+
+    class Place:
+        def __init__(self, start):
+            self.start = start
+
+        @property
+        def end(self):
+            looked.append(self.start)
+            return self.start + 1
+
+        def cut(self, start, end):
+            return self.start
+
+    places = [Place(start) for start in range(4096)]
+
+    assert between(places, 4000, 4003) == [4000, 4001, 4002]
+    assert between(places, -5, 1) == [0]
+    assert between(places, 5000, 6000) == []
+    assert len(looked) < 64
