@@ -347,8 +347,12 @@ class Engine:
 
     def _consolidate(self, row: int) -> list[Fact]:
         seat = self._seats[row]
-        seat.state, learned = self._update(seat.turn.id, seat.state)
-        seat.deltas = self._working(seat.state)
+        try:
+            seat.state, learned = self._update(seat.turn.id, seat.state)
+            seat.deltas = self._working(seat.state)
+        except RuntimeError as error:  # torch's, out of memory among them: it concerns one session
+            self._leave(row)
+            return [Failed(seat.turn.id, error)]
         return [learned, Stepped(Phase.UPDATE, 1, 0, learned.seconds), *self._begin(row)]
 
     def _sleep(self) -> list[Fact]:
@@ -356,7 +360,11 @@ class Engine:
         if not job.state.due:
             self._sleeping.popleft()
             return [Finished(job.id, job.state, Reason.STOP, "", 0, 0, None)]
-        state, learned = self._update(job.id, job.state)
+        try:
+            state, learned = self._update(job.id, job.state)
+        except RuntimeError as error:
+            self._sleeping.popleft()
+            return [Failed(job.id, error)]
         self._sleeping.popleft()
         facts: list[Fact] = [learned, Stepped(Phase.UPDATE, 1, 0, learned.seconds)]
         if state.due:

@@ -298,6 +298,21 @@ def test_reading_without_a_reply_fails_too_when_it_is_not_finite(engine, block):
     assert end(run(engine, turn("next", State(), "hi", learn=False))["next"]).said > 0
 
 
+def test_a_consolidation_that_raises_fails_its_own_job_only(engine):
+    due = end(run(engine, turn("a", State(), "hello", most=12))["a"]).state
+    assert due.due
+    broken = replace(due, pieces=tuple(replace(p, inputs=p.inputs[:, :5]) for p in due.pieces))
+
+    facts = run(
+        engine, Consolidation("c", broken), turn("d", broken, "hi"), turn("good", due, "hi")
+    )
+
+    for job in ("c", "d"):
+        assert isinstance(facts[job][-1], Failed)
+        assert isinstance(facts[job][-1].error, RuntimeError)
+    assert end(facts["good"]).said > 0
+
+
 def test_base_weights_never_change(engine, model):
     before = [block.down.clone() for block in model.blocks]
 
