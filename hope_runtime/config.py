@@ -22,9 +22,11 @@ class ConfigError(ValueError):
 class LevelConfig:
     """One level of the CMS: some blocks' MLPs that learn every `chunk` tokens.
 
-    `delta <- retain * delta - rate * clip(gradient)`; the gradient is that of the mean
+    `delta <- retain * delta - rate * ||base|| * clip(gradient)`: a step is measured against the
+    base weights, so that one rate suits models of every size. The gradient is that of the mean
     next-token loss over the chunk's learnable tokens (paper eq. 71 with f = gradient descent),
-    its global norm clipped to `clip`, so that ||delta|| <= rate * clip / (1 - retain) for ever.
+    its global norm clipped to `clip`, so that
+    ||delta|| <= rate * clip / (1 - retain) * ||base|| for ever.
     """
 
     name: str
@@ -132,16 +134,16 @@ class HopeConfig:
 
         The top quarter of the blocks learns: the upper half of it every 64 tokens, the lower
         every 256. Windows too short for these chunks get shorter ones. A step is nearly always
-        clipped, to 0.09 in norm: the best of those tried (docs/log.md).
+        clipped, to 1.4e-4 of the base's norm: the best of those tried (docs/log.md).
         """
         first = self.blocks - max(self.blocks // 4, min(2, self.blocks))
         middle = (first + self.blocks) // 2
         fast = min(64, self.window // 8)
         upper = tuple(range(middle, self.blocks))
-        levels = [LevelConfig("fast", fast, upper, rate=0.3, retain=0.995, clip=0.3)]
+        levels = [LevelConfig("fast", fast, upper, rate=4.7e-4, retain=0.995, clip=0.3)]
         if first < middle:
             lower = tuple(range(first, middle))
-            levels.append(LevelConfig("slow", 4 * fast, lower, rate=0.3, retain=0.996, clip=0.3))
+            levels.append(LevelConfig("slow", 4 * fast, lower, rate=4.7e-4, retain=0.996, clip=0.3))
         return replace(self, levels=tuple(levels))
 
     def to_json(self) -> dict[str, Any]:

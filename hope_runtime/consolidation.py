@@ -1,8 +1,8 @@
 """Consolidation: one update of a slow level from the tokens of its chunk (paper eq. 71).
 
-`delta <- retain * delta - rate * clip(g)`, g the true gradient of the chunk's next-token loss
-with respect to the level's weights, under the weights and the attention window that the tokens
-were read with. A pure function of the state; whatever is refused leaves the level as it was.
+`delta <- retain * delta - rate * ||base|| * clip(g)`, g the true gradient of the chunk's
+next-token loss with respect to the level's weights, under the weights and the attention window
+that the tokens were read with. A pure function of the state; whatever is refused leaves the level as it was.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def consolidate(model: Hope, state: State) -> tuple[State, Consolidated]:
     loss, tokens, gradient = _gradient(model, state, due, delta)
     base = _base_norm(model, level)
     size = _norm(gradient.values())
-    scale = level.rate * min(1.0, level.clip / max(size, 1e-12))
+    scale = level.rate * base * min(1.0, level.clip / max(size, 1e-12))
     after: Deltas = {name: level.retain * d - scale * gradient[name] for name, d in delta.items()}
     movement = _norm(after.values()) / base
     if not (math.isfinite(loss) and math.isfinite(size) and movement <= level.bound):

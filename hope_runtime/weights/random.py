@@ -54,8 +54,8 @@ def tiny_config(**changes: Any) -> HopeConfig:
         window=32,
         sinks=2,
         levels=(
-            LevelConfig(name="fast", chunk=8, blocks=(3,), rate=0.1, retain=0.99),
-            LevelConfig(name="slow", chunk=16, blocks=(2,), rate=0.1, retain=0.999),
+            LevelConfig(name="fast", chunk=8, blocks=(3,), rate=0.005, retain=0.99),
+            LevelConfig(name="slow", chunk=16, blocks=(2,), rate=0.005, retain=0.999),
         ),
     )
     return replace(tiny, **changes)

@@ -24,16 +24,22 @@ PARTS = (5, 1, 9, 3, 14, 2, 7, 13, 16, 4)  # turns whose ends fall before, on an
 
 
 def levels(fast, slow, **changes):
+    """Return two levels whose `rate` is absolute: the config's is a share of the base's norm."""
     each = {"rate": 1.0, "retain": 0.9, **FREE, **changes}
     return (
-        LevelConfig(name="fast", chunk=fast, blocks=(3,), **each),
-        LevelConfig(name="slow", chunk=slow, blocks=(1, 2), **each),
+        level("fast", fast, (3,), **each),
+        level("slow", slow, (1, 2), **each),
     )
+
+
+def level(name, chunk, blocks, *, rate, **each):
+    share = rate / base_norm(Hope(tiny_config(), random_checkpoint(tiny_config()).weights), blocks)
+    return LevelConfig(name=name, chunk=chunk, blocks=blocks, rate=share, **each)
 
 
 def only_fast(**changes):
     each = {"rate": 0.1, "retain": 0.9, **FREE, **changes}
-    return tiny_config(levels=(LevelConfig(name="fast", chunk=8, blocks=(2, 3), **each),))
+    return tiny_config(levels=(level("fast", 8, (2, 3), **each),))
 
 
 def model_of(config, **options):

@@ -43,8 +43,8 @@ def model(checkpoint):
     """Return the default model as it is served, but that it learns fast and in short chunks."""
     fast, slow = checkpoint.config.stacked().levels
     levels = (
-        replace(fast, chunk=8, rate=0.5, clip=1.0, bound=1.0),
-        replace(slow, chunk=16, rate=0.5, clip=1.0, bound=1.0),
+        replace(fast, chunk=8, rate=8e-4, clip=1.0, bound=1.0),
+        replace(slow, chunk=16, rate=8e-4, clip=1.0, bound=1.0),
     )
     return Hope(replace(checkpoint.config, window=128, levels=levels), checkpoint.weights)
 
