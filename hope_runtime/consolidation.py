@@ -2,7 +2,8 @@
 
 `delta <- retain * delta - rate * ||base|| * clip(g)`, g the true gradient of the chunk's
 next-token loss with respect to the level's weights, under the weights and the attention window
-that the tokens were read with. A pure function of the state; whatever is refused leaves the level as it was.
+that the tokens were read with. A pure function of the state; whatever is refused leaves the level
+as it was.
 """
 
 from __future__ import annotations
