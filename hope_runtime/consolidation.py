@@ -148,7 +148,7 @@ def _zeros(model: Hope, level: LevelConfig) -> dict[str, Tensor]:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(t.float().square().sum()) for t in tensors))
+    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in tensors))
 
 
 def _base_norm(model: Hope, level: LevelConfig) -> float:

@@ -54,7 +54,7 @@ def _penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of tokens seen (CTRL, arXiv 1909.05858)."""
     if penalty == 1.0 or not history:
         return logits
-    seen = torch.tensor(sorted(set(history)))
+    seen = torch.tensor(list(set(history)))
     found = logits[seen].double()
     changed = torch.where(found > 0, found / penalty, found * penalty).float()
     changed = changed.clamp(-_LARGEST, _LARGEST)  # of two infinities no difference can be taken

@@ -431,7 +431,7 @@ class ModelList(Wire):
 
 
 class Health(Wire):
-    status: Literal["ok", "loading", "draining", "store_unavailable"]
+    status: Literal["ok", "draining", "store_unavailable"]
     model: str
     durability: str | None = None
     store: str | None = None
