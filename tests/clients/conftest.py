@@ -208,7 +208,7 @@ class StandIn:
         return FileResponse(PAGE / "index.html", headers=POLICY)
 
     async def ready(self, request: Request) -> JSONResponse:
-        return JSONResponse({"status": "loading", "model": "tiny"}, 503)
+        return JSONResponse({"status": "draining", "model": "tiny"}, 503)
 
 
 class Script:

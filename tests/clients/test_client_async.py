@@ -257,7 +257,7 @@ async def test_every_page_of_sessions_is_read(hope):
 
 async def test_models_and_health_are_told(hope):
     assert [model.id for model in await hope.models()] == ["tiny"]
-    assert (await hope.health()).status == "loading"
+    assert (await hope.health()).status == "draining"
 
 
 async def test_an_unknown_key_is_refused_on_both_roads(serve):

@@ -85,7 +85,7 @@ def test_sessions_are_listed_read_and_deleted(hope):
     assert session.delete().deleted
     assert hope.sessions() == []
     assert hope.models()[0].id == "tiny"
-    assert hope.health().status == "loading"
+    assert hope.health().status == "draining"
 
 
 def test_threads_may_share_one_client(hope):
