@@ -1,0 +1,93 @@
+"""Gradient descent as a memory of (input, error) pairs: by dot product, and by L2 (paper 4.5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hope_runtime.ops.optimisers.interface import (
+    Factors,
+    Gradients,
+    OptimiserState,
+    Params,
+    dense,
+    following,
+    fresh,
+    needed,
+    wide,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GradientDescent:
+    """W <- W - rate G, the minimum of <G, W'> + ||W' - W||^2 / (2 rate) over W' (paper eq. 2).
+
+    >>> rule = GradientDescent()
+    >>> updates, _ = rule.update({"w": torch.tensor([2.0])}, rule.init({}), rate=0.5)
+    >>> updates
+    {'w': tensor([-1.])}
+    """
+
+    def init(self, params: Params) -> OptimiserState:
+        return fresh(params)
+
+    def update(
+        self,
+        gradients: Gradients,
+        state: OptimiserState,
+        params: Params | None = None,
+        *,
+        rate: float,
+    ) -> tuple[dict[str, Tensor], OptimiserState]:
+        updates = {name: -rate * gradient for name, gradient in dense(gradients, state).items()}
+        return updates, following(state)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaGradientDescent:
+    """Delta gradient descent: what W says of the input is erased as the gradient is written.
+
+    W <- W (I - rate' x x^T) - rate' dL/dy x^T, with rate' = rate / (1 + rate ||x||^2)  (paper
+    eq. 54-57). This is the minimum over W' of sum_i ||W' x_i - u_i||^2 / 2 + ||W' - W||^2 / (2
+    rate), where u_i = -dL/dy_i; with many tokens it is found by one solve of the size of the
+    smaller of tokens and inputs. Every gradient must be `Factors`: the rule looks at the inputs.
+    The step is implicit, so no rate makes it overshoot. The paper prints rate / (1 + rate), which
+    holds for inputs of length one only.
+    """
+
+    def init(self, params: Params) -> OptimiserState:
+        return fresh(params)
+
+    def update(
+        self,
+        gradients: Gradients,
+        state: OptimiserState,
+        params: Params | None = None,
+        *,
+        rate: float,
+    ) -> tuple[dict[str, Tensor], OptimiserState]:
+        weights = needed(params, "delta gradient descent")
+        updates = {}
+        for name, gradient in gradients.items():
+            if not isinstance(gradient, Factors):
+                raise ValueError(
+                    f"delta gradient descent needs the inputs of {name!r}: give Factors"
+                )
+            updates[name] = _delta_step(wide(weights[name]), gradient, rate)
+        return updates, following(state)
+
+
+def _delta_step(weights: Tensor, gradient: Factors, rate: float) -> Tensor:
+    outputs, inputs = wide(gradient.outputs), wide(gradient.inputs)
+    error = outputs + inputs @ weights.mT  # [..., n, O] what W' x_i should lose, W x_i - u_i
+    if inputs.shape[-2] <= inputs.shape[-1]:
+        return -rate * _solve(inputs @ inputs.mT, error, rate).mT @ inputs
+    return -rate * _solve(inputs.mT @ inputs, inputs.mT @ error, rate).mT
+
+
+def _solve(gram: Tensor, right: Tensor, rate: float) -> Tensor:
+    """Return (I + rate gram)^-1 right."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(eye + rate * gram))
