@@ -67,6 +67,8 @@ def clean_chat(turns: Iterable[str]) -> Chat:
     """
     texts = [_clean(turn) for turn in turns]
     good = [text for text in texts if text]
+    if any(_RUDE.search(text) for text in good):
+        return []
     if len(good) < max(SHORTEST_CHAT, 0.8 * len(texts)) or len(set(good)) < 0.8 * len(good):
         return []
     return [
@@ -78,6 +80,11 @@ def _line(role: str, text: str) -> Line:
     return Line(role, (Part(text, FILLER_WEIGHT),))
 
 
+_RUDE = re.compile(
+    r"\b(?:\w*fuck\w*|\w*shit\w*|bitch\w*|cunt\w*|nigg\w*|fag\w*|retard\w*|whore\w*|slut\w*|porn\w*"
+    r"|dick|cock|pussy|rape[ds]?|rapist\w*|nazi\w*|asshole\w*|tits|penis|vagina)\b",
+    re.IGNORECASE,
+)
 _SPACES = re.compile(r"\s+")
 _PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u00a0", "''\"\"-- ")
 

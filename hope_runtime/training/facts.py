@@ -80,9 +80,9 @@ Brussels, Budapest, Buffalo, Cairo, Calgary, Cambridge, Cape Town, Cardiff, Casa
 Cologne, Copenhagen, Cork, Dallas, Delhi, Denver, Detroit, Dresden, Dubai, Dublin, Edinburgh,
 Florence, Frankfurt, Geneva, Genoa, Glasgow, Gothenburg, Granada, Graz, Hamburg, Hanoi, Havana,
 Helsinki, Hong Kong, Houston, Istanbul, Jakarta, Jerusalem, Kiev, Krakow, Kyoto, Lagos, Lahore,
-Las Vegas, Lausanne, Leeds, Leipzig, Lima, Linz, Lisbon, Liverpool, London, Los Angeles, Lyon, Madrid,
+Las Vegas, Leeds, Leipzig, Lima, Linz, Lisbon, Liverpool, London, Los Angeles, Lyon, Madrid,
 Malaga, Manchester, Manila, Marseille, Melbourne, Memphis, Mexico City, Miami, Milan, Minsk,
-Montreal, Moscow, Munich, Nairobi, Naples, Nashville, New Orleans, New York, Odessa, Orlando,
+Montreal, Moscow, Munich, Nairobi, Naples, Nashville, New Orleans, New York, Odense, Orlando,
 Osaka, Oslo, Ottawa, Oxford, Palermo, Paris, Perth, Philadelphia, Phoenix, Pisa, Portland, Porto,
 Prague, Quebec, Reykjavik, Riga, Rio, Rome, Rotterdam, Salzburg, San Diego, San Francisco,
 Santiago, Sarajevo, Seattle, Seoul, Seville, Shanghai, Sheffield, Singapore, Sofia, Stockholm,
@@ -441,11 +441,11 @@ def _favourite(noun: str, values: tuple[str, ...], *, plural: str = "") -> Kind:
     )
 
 
-_PEOPLE = (
-    "sister brother mother father daughter son boss teacher neighbour doctor aunt uncle cousin "
-    "grandmother grandfather roommate coach dentist nephew niece"
-).split()
-_ANIMALS = "dog cat horse parrot rabbit hamster goldfish turtle".split()
+_PEOPLE = _words("""
+sister brother mother father daughter son boss teacher neighbour doctor aunt uncle cousin
+grandmother grandfather roommate coach dentist nephew niece
+""")
+_ANIMALS = _words("dog cat horse parrot rabbit hamster goldfish turtle")
 
 _BEINGS = [
     *(_being(person) for person in _PEOPLE),
@@ -854,9 +854,9 @@ _REST = [
             "I am learning {}",
             "the language I am learning is {}",
             "I take lessons in {}",
-            "I study {} in the evening",
+            "in the evening I learn {}",
         ),
-        questions=("Which language am I learning?", "What language do I study?"),
+        questions=("Which language am I learning?", "Which language do I take lessons in?"),
         answers=("You are learning {}.", "The language you are learning is {}."),
         echoes=("{} is a beautiful language.", "Good luck with {}."),
     ),

@@ -23,6 +23,8 @@ from hope_runtime.training.corpora import Chat, read_chats
 END = "<|end|>"
 ROLES = ("user", "assistant", "system")
 SPECIAL = (END, *(f"<|{role}|>" for role in ROLES))
+END_ID = 0
+ROLE_IDS = {role: id for id, role in enumerate(ROLES, start=1)}
 TEMPLATE = (
     "{% for message in messages %}"
     "{% set role = message['role'] %}"
