@@ -53,8 +53,8 @@ class DeltaGradientDescent:
     eq. 54-57). This is the minimum over W' of sum_i ||W' x_i - u_i||^2 / 2 + ||W' - W||^2 / (2
     rate), where u_i = -dL/dy_i; with many tokens it is found by one solve of the size of the
     smaller of tokens and inputs. Every gradient must be `Factors`: the rule looks at the inputs.
-    The step is implicit, so no rate makes it overshoot. The paper prints rate / (1 + rate), which
-    holds for inputs of length one only.
+    Where the loss curves by at most one in y, as L2 / 2 and cross-entropy do, no rate makes it
+    diverge. The paper prints rate / (1 + rate), which holds for inputs of length one only.
     """
 
     def init(self, params: Params) -> OptimiserState:

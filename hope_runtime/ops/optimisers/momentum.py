@@ -142,12 +142,12 @@ class DeepMomentum:
 
     The value 1 of the paper's L2(m; u, 1) is read as "minus one times the key": with the number 1
     itself, m is the same for G and -G and cannot descend. The memory begins with outer = 0, so the
-    first updates are small; it passes on what it has learned to expect, in at most H directions
-    at a time, and holds back what it has not seen before.
+    first updates are small; it hands a gradient on the more fully the more often its rows' directions
+    have come, and at most H directions at a time.
     """
 
     retain: float = 0.9999
-    learning: float = 0.5  # the memory's own rate; below 2, as keys have length one
+    learning: float = 0.5  # the memory's own rate: at 1 a new key is written at once, 2 diverges
     width: int = 32
     seed: int = 0
 

@@ -263,6 +263,21 @@ def test_the_printed_delta_step_is_right_for_inputs_of_length_one_only(length, r
     assert torch.allclose(new["w"], printed) is right
 
 
+@pytest.mark.parametrize("rate", [0.1, 10.0, 1e6])
+def test_delta_gradient_descent_goes_half_way_and_no_rate_makes_it_diverge(rate):
+    x, target = random(9, 4), random(3, 4, seed=1)
+    params, rule, sizes = {"w": torch.zeros(3, 4, dtype=DOUBLE)}, DeltaGradientDescent(), []
+
+    for _ in range(300):
+        error = Factors(x @ (params["w"] - target).mT, x)
+        params, _, _ = run(rule, [{"w": error}], params, rate=rate)
+        sizes.append(float(params["w"].norm()))
+
+    assert max(sizes) < 1.01 * float(target.norm())
+    if rate < 1.0:
+        torch.testing.assert_close(params["w"], target / 2)
+
+
 def test_delta_gradient_descent_says_what_it_lacks():
     rule, old = DeltaGradientDescent(), {"w": random(3, 4)}
     factors = {"w": Factors(random(1, 3), random(1, 4))}
@@ -390,7 +405,7 @@ def test_the_deep_memory_learns_to_hand_on_a_gradient_that_comes_back():
     torch.testing.assert_close(last, -gradient["w"], rtol=0.1, atol=0.1)
 
 
-def test_a_deep_memory_holds_back_what_it_has_not_seen():
+def test_a_deep_memory_hands_on_less_of_what_it_has_not_seen():
     seen, new = {"w": random(1, 40)}, {"w": random(1, 40, seed=1)}
     rule = DeepMomentum()
     _, state, _ = run(rule, [seen] * 300, {"w": random(1, 40)}, rate=1.0)
