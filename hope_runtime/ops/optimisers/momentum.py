@@ -142,8 +142,8 @@ class DeepMomentum:
 
     The value 1 of the paper's L2(m; u, 1) is read as "minus one times the key": with the number 1
     itself, m is the same for G and -G and cannot descend. The memory begins with outer = 0, so the
-    first updates are small; it hands a gradient on the more fully the more often its rows' directions
-    have come, and at most H directions at a time.
+    first updates are small; it hands a gradient on the more fully the more often its rows have come
+    before, and at most H directions at a time.
     """
 
     retain: float = 0.9999
