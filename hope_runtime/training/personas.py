@@ -189,12 +189,11 @@ def answered(reply: str, fact: Fact) -> bool:
     [True, False, False]
     """
     words = _WORD.findall(reply.replace("'s", ""))
-    longest = max(len(value.split()) for value in (fact.value, *fact.kind.values))
     values = set(fact.kind.values)
     found = set()
     start = 0
     while start < len(words):
-        for n in range(longest, 0, -1):
+        for n in range(_LONGEST, 0, -1):
             if (phrase := " ".join(words[start : start + n])) in values:
                 found.add(phrase)
                 start += n - 1
@@ -204,6 +203,7 @@ def answered(reply: str, fact: Fact) -> bool:
 
 
 _WORD = re.compile(r"\w+(?:[:'-]\w+)*")
+_LONGEST = max(len(value.split()) for kind in KINDS.values() for value in kind.values)
 
 
 def _acknowledge(rng: Generator, fact: Fact, echoes: Sequence[str]) -> Line:

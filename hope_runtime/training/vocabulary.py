@@ -93,4 +93,4 @@ def _texts(chats: list[Chat], seed: int) -> Iterator[str]:
     values = {value for kind in personas.KINDS.values() for value in kind.values}
     for value in sorted(values):
         if not value.isdigit():
-            yield from [value] * _VALUE_COUNT
+            yield " ".join([value] * _VALUE_COUNT)
