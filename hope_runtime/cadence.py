@@ -23,11 +23,30 @@ class Due(NamedTuple):
 def until_boundary(position: int, config: HopeConfig) -> int | None:
     """Return how many tokens may be read before the next boundary of any level.
 
-    >>> from hope_runtime.weights.random import tiny_config
+    Where there are memories, the place before a boundary is one as well: from there the chunk's
+    first target is predicted, and what the memories held there is marked.
+
+    >>> from hope_runtime.weights.random import tiny_config, tiny_native
     >>> [until_boundary(p, tiny_config()) for p in (0, 7, 8, 15)]
     [8, 1, 8, 1]
+    >>> [until_boundary(p, tiny_native()) for p in (0, 6, 7, 8)]
+    [7, 1, 1, 7]
     """
-    return min((level.chunk - position % level.chunk for level in config.levels), default=None)
+    ends = [level.chunk - position % level.chunk for level in config.levels]
+    if config.memory_blocks:
+        ends += [end - 1 for end in ends if end > 1]
+    return min(ends, default=None)
+
+
+def marked(position: int, due: Sequence[Due], config: HopeConfig) -> set[int]:
+    """Return the positions, up to this one, from which a chunk begun or due is to be read again."""
+    if not config.memory_blocks:
+        return set()
+    begun = [
+        position - position % level.chunk - 1 if (position + 1) % level.chunk else position
+        for level in config.levels
+    ]
+    return {p for p in [*begun, *(d.start - 1 for d in due)] if p > 0}
 
 
 def completed(start: int, end: int, config: HopeConfig) -> list[Due]:
@@ -49,4 +68,5 @@ def horizon(position: int, due: Sequence[Due], config: HopeConfig) -> int:
     """Return the first position that attention or a pending chunk can still look at."""
     begun = (position - position % level.chunk for level in config.levels)
     pending = min([position, *begun, *(d.start for d in due)])
-    return pending - config.window - 1  # a chunk's first target is predicted by the token before
+    seen = config.window if config.attention_blocks else 0
+    return pending - seen - 1  # a chunk's first target is predicted by the token before

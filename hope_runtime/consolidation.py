@@ -22,6 +22,7 @@ from hope_runtime.config import LevelConfig
 from hope_runtime.layers import attention
 from hope_runtime.layers.attention import Past
 from hope_runtime.layers.cms import Deltas
+from hope_runtime.layers.memory import Memories
 from hope_runtime.model import Hope
 from hope_runtime.state import LevelState, Piece, State, between, join, level_shapes, trim
 
@@ -120,26 +121,33 @@ def _gradient(
 def _past(model: Hope, state: State, end: int) -> Past:
     """Lay out what tokens from position `end` on can attend to, for the blocks that learn."""
     config = model.config
-    blocks = slice(config.first_level_block, config.blocks)
+    first = config.first_level_block
+    below = sum(i < first for i in config.attention_blocks)
+    memories = _memories(model, state, end)
     parts = between(state.pieces, max(end - config.window, config.sinks), end)
     if state.sinks is not None and end > 0:
         parts = [state.sinks.cut(0, end), *parts]
-    if not parts:
-        shape = (config.blocks - blocks.start, 1, config.key_heads, 0, config.head_width)
-        nothing = torch.zeros(shape, device=model.device, dtype=model.dtype)
-        none = torch.zeros((1, 0), device=model.device, dtype=torch.int64)
-        return Past(nothing, nothing, none)
+    if not parts or not config.attention_blocks:
+        return model.nothing(1, first)._replace(memories=memories)
 
     def lay(part: Piece) -> Tensor:
         where = torch.arange(part.start, part.end, device=model.device)
         turn = attention.rotation(where[None], model.frequency)
-        keys = part.keys[blocks].to(model.device, model.dtype)
+        keys = part.keys[below:].to(model.device, model.dtype)
         return attention.rotate(keys.transpose(1, 2), turn).transpose(1, 2)[:, None]
 
     positions = [torch.arange(part.start, part.end, device=model.device) for part in parts]
     rotated = torch.cat([lay(part) for part in parts], 3)
-    values = torch.cat([part.values[blocks][:, None].to(rotated) for part in parts], 3)
-    return Past(rotated, values, torch.cat(positions)[None])
+    values = torch.cat([part.values[below:][:, None].to(rotated) for part in parts], 3)
+    return Past(rotated, values, torch.cat(positions)[None], memories)
+
+
+def _memories(model: Hope, state: State, at: int) -> Memories | None:
+    """Return what the memories of the blocks that learn held at a position."""
+    if not model.config.memory_blocks or at == 0:
+        return model.nothing(1, model.config.first_level_block).memories
+    mark = next(mark for mark in state.marks if mark.position == at)
+    return Memories(*(t.to(model.device) for t in mark.memories.expand(1)))
 
 
 def _zeros(model: Hope, level: LevelConfig) -> dict[str, Tensor]:
@@ -152,5 +160,5 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def _base_norm(model: Hope, level: LevelConfig) -> float:
-    blocks = [model.blocks[i] for i in level.blocks]
-    return _norm(weight for block in blocks for weight in (block.gate_up, block.down))
+    mlps = [model.blocks[i].mlps[level.mlp] for i in level.blocks]
+    return _norm(weight for mlp in mlps for weight in (mlp.gate_up, mlp.down))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hope_runtime import sampling
-from hope_runtime.cadence import completed, until_boundary
+from hope_runtime.cadence import completed, marked, until_boundary
 from hope_runtime.consolidation import consolidate, learnable
 from hope_runtime.lanes import Lanes
 from hope_runtime.layers.cms import Deltas
@@ -34,7 +34,7 @@ from hope_runtime.report import (
     Stepped,
 )
 from hope_runtime.sampling import Sampling
-from hope_runtime.state import Piece, State, compact, extend, trim
+from hope_runtime.state import Mark, Piece, State, compact, extend, trim
 from hope_runtime.tokenizer import Tokenizer
 
 READ_ALONE = 256  # tokens read per step while nobody is being answered
@@ -223,7 +223,7 @@ class Engine:
         read = self._pass([[token] for token in tokens], 0, seats)
         logits = self._model.logits(read.hidden[:, -1])
         for row, seat in enumerate(seats):
-            self._extend(seat, read, row, [(tokens[row], seat.turn.said_weight)])
+            self._extend(row, read, row, [(tokens[row], seat.turn.said_weight)])
         facts: list[Fact] = []
         for row in reversed(range(len(seats))):  # from the last, since a leaver changes the rows
             facts += self._say(row, logits[row])
@@ -261,12 +261,15 @@ class Engine:
         seat = self._seats[row]
         turn = seat.turn
         unread = [] if seat.next is None else [(seat.next, turn.said_weight)]
+        memories = turn.state.memories
+        if seat.state.position > turn.state.position:
+            memories = self._lanes.memories(row)
         self._leave(row)
         state = compact(seat.state, turn.state.position, self._model.config)
         drawn = seat.said + (reason is Reason.STOP and not seat.reply.stopped)
         return Finished(
             turn.id,
-            replace(state, carry=(*unread, *turn.closing)),
+            replace(state, carry=(*unread, *turn.closing), memories=memories),
             reason,
             "" if seat.reply.stopped else seat.reply.flush(),
             seat.read,
@@ -303,7 +306,7 @@ class Engine:
             if not bool(read.hidden[b, : len(part)].isfinite().all()):
                 facts.append(self._fail(self._seats.index(seat)))
                 continue
-            self._extend(seat, read, b, part)
+            self._extend(self._seats.index(seat), read, b, part)
             seat.read += len(part)
             facts += self._begin(self._seats.index(seat))
         took, tokens = self._clock() - began, sum(map(len, parts))
@@ -328,8 +331,10 @@ class Engine:
         share = (READ_SHARED if self._speaking else READ_ALONE) // len(seats)
         parts = []
         for seat in seats:
-            limit = min(share, config.window, len(seat.unread))
-            if seat.turn.learn:
+            limit = min(share, len(seat.unread))
+            if config.attention_blocks:
+                limit = min(limit, config.window)
+            if seat.turn.learn or config.memory_blocks:
                 limit = min(limit, until_boundary(seat.state.position, config) or limit)
             parts.append([seat.unread.popleft() for _ in range(limit)])
         return parts
@@ -393,25 +398,36 @@ class Engine:
         start = torch.tensor(positions, device=model.device)
         past = self._lanes.view(first, first + len(seats), max(positions))
         x = model.embed(filled.to(model.device))
-        read = model.run(x, start, past, [seat.deltas for seat in seats])
+        filled_up = min(lengths) < max(lengths)
+        own = torch.tensor(lengths, device=model.device) if filled_up else None
+        read = model.run(x, start, past, [seat.deltas for seat in seats], lengths=own)
         self._lanes.append(first, start, read, lengths)
         return read
 
-    def _extend(self, seat: _Seat, read: Read, row: int, part: list[tuple[int, float]]) -> None:
-        """Add what was read to the session's state, and the chunks that it completed."""
-        config = self._model.config
+    def _extend(self, row: int, read: Read, b: int, part: list[tuple[int, float]]) -> None:
+        """Add what row `b` of a pass read to a seat's state, and the chunks that it completed."""
+        config, seat = self._model.config, self._seats[row]
         start, n = seat.state.position, len(part)
         piece = Piece(
             start,
             torch.tensor([token for token, _ in part]),
             torch.tensor([weight for _, weight in part], dtype=torch.float32),
-            read.keys[:, row, :, :n].cpu(),
-            read.values[:, row, :, :n].cpu(),
-            read.inputs[row, :n].cpu(),
+            read.keys[:, b, :, :n].cpu(),
+            read.values[:, b, :, :n].cpu(),
+            read.inputs[b, :n].cpu(),
         )
         state = extend(seat.state, piece, config)
+        if state.position in marked(state.position, (), config):
+            state = replace(state, marks=(*state.marks, self._mark(row, state.position)))
         if seat.turn.learn:
             due = completed(start, start + n, config)
             found = tuple(each for each in due if learnable(state, each))
             state = replace(state, due=(*state.due, *found))
         seat.state = trim(state, config)
+
+    def _mark(self, row: int, position: int) -> Mark:
+        config = self._model.config
+        memories = self._lanes.memories(row)
+        assert memories is not None
+        below = sum(i < config.first_level_block for i in config.memory_blocks)
+        return Mark(position, memories.blocks(below))

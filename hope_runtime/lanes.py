@@ -1,19 +1,22 @@
 """Rows of the batch: where sessions are laid out for the device while a turn runs.
 
-A lane holds what attention reads at every token (rotated keys, values, positions) in a ring of
-fixed size: the first S places are the sinks, place S + (p - S) mod W holds position p. Everything
-in a lane can be rebuilt from the session's `State`; losing a lane loses nothing.
+A lane holds what the mixers read at every token. For attention these are rotated keys, values
+and positions in a ring of fixed size: the first S places are the sinks, place S + (p - S) mod W
+holds position p. For memories it is what they hold now, which a turn reads back when it ends. All
+else in a lane can be rebuilt from the session's `State`; a lost lane loses no more than its turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from hope_runtime.layers import attention
 from hope_runtime.layers.attention import Past
+from hope_runtime.layers.memory import Memories
 from hope_runtime.model import Hope, Read
 from hope_runtime.state import Piece, State
 
@@ -28,14 +31,22 @@ class Lanes:
         self.count = count
         self._model = model
         self._places = config.sinks + config.window
-        shape = (config.blocks, count, config.key_heads, self._places, config.head_width)
+        shape = (
+            len(config.attention_blocks),
+            count,
+            config.key_heads,
+            self._places,
+            config.head_width,
+        )
         self._rotated = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self._values = torch.zeros_like(self._rotated)
         self._positions = torch.full((count, self._places), -1, device=model.device)
+        nothing = model.nothing(count).memories
+        self._memories = nothing and Memories(*(t.clone() for t in nothing))
 
     @property
     def bytes(self) -> int:
-        return 2 * self._rotated.nbytes
+        return 2 * self._rotated.nbytes + sum(t.nbytes for t in self._memories or ())
 
     def view(self, first: int, end: int, longest: int) -> Past:
         """Return lanes [first, end) as the past of a batch, without copying.
@@ -49,7 +60,14 @@ class Lanes:
             self._rotated[:, rows, :, :used],
             self._values[:, rows, :, :used],
             self._positions[rows, :used],
+            self._memories and Memories(*(t[:, rows] for t in self._memories)),
         )
+
+    def memories(self, lane: int) -> Memories | None:
+        """Return what a session's memories hold now, in host memory."""
+        if self._memories is None:
+            return None
+        return Memories(*(t.cpu() for t in self._memories.session(lane)))
 
     def load(self, lane: int, state: State) -> None:
         """Lay a session out on a lane."""
@@ -63,6 +81,8 @@ class Lanes:
         for piece in state.pieces:
             if piece.end > state.position - window:
                 self._lay(lane, piece.cut(state.position - window, piece.end))
+        for held, kept in zip(self._memories or (), state.memories or repeat(None), strict=False):
+            held[:, lane] = 0.0 if kept is None else kept.to(held)
 
     def _lay(self, lane: int, piece: Piece) -> None:
         positions = torch.arange(piece.start, piece.end, device=self._model.device)
@@ -83,7 +103,7 @@ class Lanes:
         `start` is [B]; of session b only the first `lengths[b]` tokens of the pass are its own
         (all of them where no lengths are given).
         """
-        sessions, tokens = read.keys.shape[1], read.keys.shape[3]
+        sessions, tokens = read.hidden.shape[:2]
         own = torch.tensor(lengths or [tokens] * sessions, device=start.device)[:, None]
         session, token = (torch.arange(tokens, device=start.device) < own).nonzero().T
         positions = start[session] + token
@@ -92,6 +112,8 @@ class Lanes:
         self._rotated[:, rows, :, places] = read.rotated[:, session, :, token]
         self._values[:, rows, :, places] = read.values[:, session, :, token]
         self._positions[rows, places] = positions
+        for held, after in zip(self._memories or (), read.memories or (), strict=True):
+            held[:, first : first + sessions] = after
 
     def _place(self, positions: Tensor) -> Tensor:
         config = self._model.config
@@ -101,7 +123,7 @@ class Lanes:
     def move(self, source: int, target: int) -> None:
         """Copy a lane onto another."""
         if source != target:
-            for held in (self._rotated, self._values):
+            for held in (self._rotated, self._values, *(self._memories or ())):
                 held[:, target] = held[:, source]
             self._positions[target] = self._positions[source]
 
@@ -109,6 +131,6 @@ class Lanes:
         """Exchange two lanes."""
         if one != other:
             pair, turned = [one, other], [other, one]
-            for held in (self._rotated, self._values):
+            for held in (self._rotated, self._values, *(self._memories or ())):
                 held[:, pair] = held[:, turned]
             self._positions[pair] = self._positions[turned]

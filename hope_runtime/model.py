@@ -15,16 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope_runtime.config import ConfigError, HopeConfig
-from hope_runtime.layers import attention, cms
+from hope_runtime.layers import attention, cms, memory
 from hope_runtime.layers.attention import Past
 from hope_runtime.layers.cms import Deltas
+from hope_runtime.layers.memory import Memories, MemoryLayer
+from hope_runtime.ops.collapsed import Memory
 
 
 class Read(NamedTuple):
     """What a pass over T new tokens of B sessions found.
 
-    `keys` (before rotation), `rotated` and `values` are [blocks, B, K, T, N]; `inputs` is what
-    entered the first block that learns, [B, T, width]; `hidden` what left the last block.
+    `keys` (before rotation), `rotated` and `values` are [attention blocks, B, K, T, N]; `inputs`
+    is what entered the first block that learns, [B, T, width]; `hidden` what left the last block;
+    `memories` what the memory blocks hold after the tokens (None where there are none).
     """
 
     hidden: Tensor
@@ -32,26 +35,42 @@ class Read(NamedTuple):
     rotated: Tensor
     values: Tensor
     inputs: Tensor
+    memories: Memories | None
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Weights of one block; query, key and value as one matrix, gate and up as one."""
+class AttentionLayer:
+    """Weights of an attention mixer; query, key and value as one matrix."""
 
-    attention_norm: Tensor
+    norm: Tensor
     query_key_value: Tensor
     query_key_value_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
     output: Tensor
-    mlp_norm: Tensor
+
+
+class Mlp(NamedTuple):
+    """Weights of one MLP of a block; gate and up as one matrix. `name` is that of its deltas."""
+
+    name: str
+    norm: Tensor
     gate_up: Tensor
     down: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Weights of one block."""
+
+    mixer: AttentionLayer | MemoryLayer
+    mlps: tuple[Mlp, ...]
+    shares: Tensor | None  # of each MLP in the sum, where they lie beside each other
+
+
 def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis, computed in float32."""
-    wide = x.float()
+    wide = x if x.dtype is torch.float64 else x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * gain
 
@@ -66,11 +85,14 @@ class Hope:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        unroll: bool = True,
     ) -> None:
         self.config = config
+        self._unroll = unroll  # of gradients only: see `collapsed.scan`
         self.device = torch.device(device)
         self.dtype = dtype
         self._weights = weights
+        self._bytes = 0
         self.embedding = self._take("embedding")
         self.norm = self._take("norm")
         self.head = self.embedding if config.tied_head else self._take("head")
@@ -81,29 +103,49 @@ class Hope:
     @property
     def bytes(self) -> int:
         """The size of the weights."""
-        own = {id(t): t for t in (self.embedding, self.norm, self.head)}
-        held = [*own.values()]
-        for block in self.blocks:
-            parts = (getattr(block, name) for name in Block.__slots__)
-            held += [part for part in parts if part is not None]
-        return sum(int(tensor.nbytes) for tensor in held)
+        return self._bytes
 
     def _take(self, name: str) -> Tensor:
+        return self._put(name, self.dtype)
+
+    def _take_exact(self, name: str) -> Tensor:
+        """Take what a memory computes with: never in less than float32."""
+        return self._put(name, torch.promote_types(self.dtype, torch.float32))
+
+    def _put(self, name: str, dtype: torch.dtype) -> Tensor:
         if name not in self._weights:
             raise ConfigError(f"the checkpoint has no tensor {name!r}")
-        return self._weights[name].to(self.device, self.dtype)
+        tensor = self._weights[name].to(self.device, dtype)
+        self._bytes += int(tensor.nbytes)
+        return tensor
 
     def _block(self, i: int) -> Block:
         config = self.config
-
-        def take(name: str) -> Tensor:
-            return self._take(f"blocks.{i}.{name}")
-
-        def join(*names: str) -> Tensor:
-            return torch.cat([take(name) for name in names])
-
+        name = f"blocks.{i}."
+        mixer: AttentionLayer | MemoryLayer
+        if i in config.memory_blocks:
+            mixer = memory.layer(
+                lambda part: self._take(name + part), lambda part: self._take_exact(name + part)
+            )
+        else:
+            mixer = self._attention(name)
         return Block(
-            attention_norm=take("attention_norm"),
+            mixer=mixer,
+            mlps=tuple(self._mlp(cms.mlp_name(i, place)) for place in range(config.chain)),
+            shares=self._take(name + "mlp_shares") if config.independent else None,
+        )
+
+    def _attention(self, name: str) -> AttentionLayer:
+        config = self.config
+
+        def take(part: str) -> Tensor:
+            return self._take(name + part)
+
+        def join(*parts: str) -> Tensor:
+            return torch.cat([take(part) for part in parts])
+
+        return AttentionLayer(
+            norm=take("attention_norm"),
             query_key_value=join("query", "key", "value"),
             query_key_value_bias=(
                 join("query_bias", "key_bias", "value_bias") if config.attention_bias else None
@@ -111,9 +153,14 @@ class Hope:
             query_norm=take("query_norm") if config.query_key_norm else None,
             key_norm=take("key_norm") if config.query_key_norm else None,
             output=take("output"),
-            mlp_norm=take("mlp_norm"),
-            gate_up=join("gate", "up"),
-            down=take("down"),
+        )
+
+    def _mlp(self, name: str) -> Mlp:
+        return Mlp(
+            name=name,
+            norm=self._take(f"{name}.mlp_norm"),
+            gate_up=torch.cat([self._take(f"{name}.gate"), self._take(f"{name}.up")]),
+            down=self._take(f"{name}.down"),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -132,6 +179,7 @@ class Hope:
         deltas: Sequence[Deltas],
         *,
         first: int = 0,
+        lengths: Tensor | None = None,
     ) -> Read:
         """Pass `x` [B, T, width] through the blocks from `first` on.
 
@@ -141,42 +189,111 @@ class Hope:
             past: what the sessions have read, for blocks `first` and up.
             deltas: each session's own weights by name, empty where it never consolidated.
             first: the first block to run.
+            lengths: how many of the T tokens are each session's own, [B]; all where None.
+                What follows them is filler that nothing sees and no memory is written by.
         """
         config = self.config
-        place = attention.geometry(
+        place = self._geometry(start, x.shape[1], past)
+        phase = start % config.memory.rule.chunk if config.memory else start
+        inputs = x
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        kept: list[Memories] = []
+        attended = iter(zip(past.rotated, past.values, strict=True))
+        remembered = iter(zip(*past.memories, strict=True)) if past.memories else iter(())
+        for i in range(first, config.blocks):
+            if i == config.first_level_block:
+                inputs = x
+            block = self.blocks[i]
+            h = norm(x, block.mixer.norm, config.norm_eps)
+            if isinstance(block.mixer, MemoryLayer):
+                mixed, after = self._remember(h, block.mixer, next(remembered), phase, lengths)
+                kept.append(after)
+            else:
+                assert place is not None
+                mixed, new = self._attend(h, block.mixer, next(attended), place)
+                found.append(new)
+            x = self._think(x + mixed, block, deltas)
+        if found:
+            keys, rotated, values = (torch.stack(parts) for parts in zip(*found, strict=True))
+        else:
+            keys = rotated = values = past.rotated[:, :, :, :0]
+        memories = Memories(*(torch.stack(p) for p in zip(*kept, strict=True))) if kept else None
+        return Read(x, keys, rotated, values, inputs, memories)
+
+    def _geometry(self, start: Tensor, tokens: int, past: Past) -> attention.Geometry | None:
+        config = self.config
+        if not config.attention_blocks:
+            return None
+        return attention.geometry(
             start,
-            x.shape[1],
+            tokens,
             past.positions,
             self.frequency,
             window=config.window,
             sinks=config.sinks,
         )
-        inputs = x
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for i in range(first, config.blocks):
-            if i == config.first_level_block:
-                inputs = x
-            before = past.rotated[i - first], past.values[i - first]
-            mixed, new = self._mix(self.blocks[i], x, before, place)
-            x = x + mixed
-            found.append(new)
-            h = norm(x, self.blocks[i].mlp_norm, config.norm_eps)
-            block = self.blocks[i]
-            x = x + cms.gated_mlp(h, block.gate_up, block.down, f"blocks.{i}", deltas)
-        keys, rotated, values = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return Read(x, keys, rotated, values, inputs)
 
-    def _mix(
-        self, block: Block, x: Tensor, past: tuple[Tensor, Tensor], place: attention.Geometry
+    def _remember(
+        self,
+        h: Tensor,
+        layer: MemoryLayer,
+        before: tuple[Tensor, Tensor, Tensor],
+        phase: Tensor,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Memories]:
+        assert self.config.memory is not None
+        live, anchor, ring = before
+        mixed, after, ring = memory.mix(
+            h,
+            layer,
+            Memory(live, anchor),
+            ring,
+            phase,
+            lengths,
+            self.config.memory.rule,
+            unroll=self._unroll,
+        )
+        return mixed, Memories(after.live, after.anchor, ring)
+
+    def _think(self, x: Tensor, block: Block, deltas: Sequence[Deltas]) -> Tensor:
+        """Pass tokens through the block's MLPs: a chain (eq. 70, 73), or a sum (eq. 74)."""
+        total = x
+        for place, mlp in enumerate(block.mlps):
+            h = norm(x, mlp.norm, self.config.norm_eps)
+            y = cms.gated_mlp(h, mlp.gate_up, mlp.down, mlp.name, deltas)
+            if block.shares is None:
+                x = total = x + y
+            else:
+                total = total + block.shares[place] * y
+        return total
+
+    def _attend(
+        self,
+        h: Tensor,
+        layer: AttentionLayer,
+        past: tuple[Tensor, Tensor],
+        place: attention.Geometry,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         config = self.config
-        h = norm(x, block.attention_norm, config.norm_eps)
-        joint = F.linear(h, block.query_key_value, block.query_key_value_bias)
+        joint = F.linear(h, layer.query_key_value, layer.query_key_value_bias)
         heads = joint.unflatten(-1, (-1, config.head_width))  # [B, T, H + 2 K, N]
         query, key, value = heads.split([config.heads, config.key_heads, config.key_heads], 2)
-        if block.query_norm is not None and block.key_norm is not None:
-            query = norm(query, block.query_norm, config.norm_eps)
-            key = norm(key, block.key_norm, config.norm_eps)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = norm(query, layer.query_norm, config.norm_eps)
+            key = norm(key, layer.key_norm, config.norm_eps)
         value = value.transpose(1, 2)
         out, rotated = attention.attend(query, key, value, past, place, sinks=config.sinks)
-        return F.linear(out, block.output), (key.transpose(1, 2), rotated, value)
+        return F.linear(out, layer.output), (key.transpose(1, 2), rotated, value)
+
+    def nothing(self, sessions: int, first: int = 0) -> Past:
+        """Return the past of `sessions` that have read nothing, for blocks `first` and up."""
+        config = self.config
+        blocks = sum(i >= first for i in config.attention_blocks)
+        shape = (blocks, sessions, config.key_heads, 0, config.head_width)
+        none = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        positions = torch.zeros((sessions, 0), device=self.device, dtype=torch.int64)
+        remembering = sum(i >= first for i in config.memory_blocks)
+        if config.memory is None or not remembering:
+            return Past(none, none, positions)
+        start = memory.empty(config.memory, remembering, self.embedding)
+        return Past(none, none, positions, start.expand(sessions))

@@ -1,9 +1,10 @@
 """Everything a session is to the model: context and memory, as immutable values.
 
-Axes: L blocks, K key heads, n tokens of a piece, N head width.
+Axes: L attention blocks, K key heads, n tokens of a piece, N head width.
 
-The context is a row of `Piece`s, one a turn, that reach back as far as attention or a pending
-chunk can still look; extending it shares the old pieces, so that the state before a turn stays
+The fast memory is what the memory blocks hold after the last token. The context is a row of
+`Piece`s, one a turn, that reach back as far as attention or a pending chunk can still
+look; extending it shares the old pieces, so that the state before a turn stays
 whole (rollback is forgetting the new one) and a turn stores only its own tokens.
 """
 
@@ -21,9 +22,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hope_runtime.cadence import Due, horizon
+from hope_runtime.cadence import Due, horizon, marked
 from hope_runtime.config import HopeConfig
-from hope_runtime.layers.cms import Deltas
+from hope_runtime.layers import memory
+from hope_runtime.layers.cms import Deltas, mlp_name
+from hope_runtime.layers.memory import Memories
 
 
 class StateError(ValueError):
@@ -59,6 +62,14 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What the memories of the blocks that learn held at a position, for a chunk's gradient."""
+
+    position: int
+    memories: Memories
+
+
+@dataclass(frozen=True, slots=True)
 class LevelState:
     """One level of a session's slow memory, and the facts of its last consolidation."""
 
@@ -80,6 +91,8 @@ class State:
     carry: tuple[tuple[int, float], ...] = ()  # said but not yet read: (token, loss weight)
     due: tuple[Due, ...] = ()  # chunks complete but not yet consolidated, in order
     levels: Mapping[str, LevelState] = field(default_factory=dict)
+    memories: Memories | None = None  # of the memory blocks, [blocks, ...]; None: nothing read
+    marks: tuple[Mark, ...] = ()  # where chunks that are begun or due start, in order
 
     @property
     def deltas(self) -> Deltas:
@@ -92,6 +105,8 @@ class State:
         held = [*self.deltas.values()]
         for piece in pieces:
             held += [piece.keys, piece.values, piece.inputs, piece.tokens, piece.weights]
+        for memories in [self.memories, *(mark.memories for mark in self.marks)]:
+            held += memories or []
         return sum(int(tensor.nbytes) for tensor in held)
 
 
@@ -126,10 +141,12 @@ def extend(state: State, piece: Piece, config: HopeConfig) -> State:
 
 
 def trim(state: State, config: HopeConfig) -> State:
-    """Drop the pieces that neither the window nor a pending chunk can reach."""
+    """Drop the pieces that neither the window nor a pending chunk can reach, and idle marks."""
     oldest = horizon(state.position, state.due, config)
     pieces = dropwhile(lambda piece: piece.end <= oldest, state.pieces)  # they lie in order
-    return replace(state, pieces=tuple(pieces))
+    needed = marked(state.position, state.due, config)
+    marks = tuple(mark for mark in state.marks if mark.position in needed)
+    return replace(state, pieces=tuple(pieces), marks=marks)
 
 
 def compact(state: State, since: int, config: HopeConfig) -> State:
@@ -145,6 +162,10 @@ def compact(state: State, since: int, config: HopeConfig) -> State:
 FORMAT = 1
 
 
+def mark_name(position: int) -> str:
+    return f"mark/{position:012d}"
+
+
 def piece_name(start: int, end: int) -> str:
     return f"window/{start:012d}-{end:012d}"
 
@@ -156,6 +177,8 @@ def dump(state: State, stored: State | None) -> tuple[dict[str, Any], dict[str, 
         held = {piece_name(p.start, p.end): p for p in stored.pieces}
         held |= {"sinks": stored.sinks}
         held |= {f"level/{name}": level.delta for name, level in stored.levels.items()}
+        held |= {"memory": stored.memories}
+        held |= {mark_name(mark.position): mark for mark in stored.marks}
     put: dict[str, bytes] = {}
     keep: set[str] = set()
 
@@ -172,12 +195,17 @@ def dump(state: State, stored: State | None) -> tuple[dict[str, Any], dict[str, 
     for name, level in state.levels.items():
         if level.delta:
             place(f"level/{name}", level.delta, level.delta)
+    if state.memories is not None:
+        place("memory", state.memories, state.memories._asdict())
+    for mark in state.marks:
+        place(mark_name(mark.position), mark, mark.memories._asdict())
     facts = {
         "format": FORMAT,
         "position": state.position,
         "pieces": [piece.start for piece in state.pieces],
         "carry": [list(item) for item in state.carry],
         "due": [[d.level, d.start, d.end] for d in state.due],
+        "marks": [mark.position for mark in state.marks],
         "levels": {
             name: {
                 "updates": level.updates,
@@ -207,6 +235,8 @@ def restore(
     if position and len(ends) == 1:
         raise StateError(f"a session at position {position} has no window")
     first = min(position, config.sinks)
+    remembering = bool(config.memory_blocks) and position > 0
+    learning = sum(i >= config.first_level_block for i in config.memory_blocks)
     return State(
         position=position,
         sinks=_piece("sinks", blobs, 0, first, config, dtype) if first else None,
@@ -220,6 +250,15 @@ def restore(
             name: LevelState(delta=_delta(name, blobs, config, moved=kept["updates"] > 0), **kept)
             for name, kept in facts["levels"].items()
         },
+        memories=(
+            _memories("memory", blobs, len(config.memory_blocks), config, dtype)
+            if remembering
+            else None
+        ),
+        marks=tuple(
+            Mark(int(at), _memories(mark_name(int(at)), blobs, learning, config, dtype))
+            for at in facts.get("marks", ())
+        ),
     )
 
 
@@ -282,6 +321,22 @@ def _piece(
     )
 
 
+def _memories(
+    name: str, blobs: Mapping[str, bytes], blocks: int, config: HopeConfig, dtype: torch.dtype
+) -> Memories:
+    """Return what `blocks` memory blocks held."""
+    if config.memory is None:
+        raise StateError(f"blob {name!r}: the model has no memories")
+    tensors = _load(name, blobs)
+    empty = memory.empty(config.memory, blocks, torch.empty(0, dtype=dtype))
+    return Memories(
+        *(
+            _take(name, tensors, key, tuple(like.shape)).to(like.dtype)
+            for key, like in empty._asdict().items()
+        )
+    )
+
+
 def _delta(level: str, blobs: Mapping[str, bytes], config: HopeConfig, *, moved: bool) -> Deltas:
     known = sorted(each.name for each in config.levels)
     if level not in known:
@@ -296,9 +351,10 @@ def _delta(level: str, blobs: Mapping[str, bytes], config: HopeConfig, *, moved:
 
 def level_shapes(config: HopeConfig, level: str) -> dict[str, tuple[int, int]]:
     """Return the tensors of a level's delta by name."""
-    blocks = next(each.blocks for each in config.levels if each.name == level)
+    found = next(each for each in config.levels if each.name == level)
     shapes: dict[str, tuple[int, int]] = {}
-    for i in blocks:
-        shapes[f"blocks.{i}.gate_up"] = (2 * config.hidden, config.width)
-        shapes[f"blocks.{i}.down"] = (config.width, config.hidden)
+    for i in found.blocks:
+        name = mlp_name(i, found.mlp)
+        shapes[f"{name}.gate_up"] = (2 * config.hidden, config.width)
+        shapes[f"{name}.down"] = (config.width, config.hidden)
     return shapes

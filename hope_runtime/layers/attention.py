@@ -19,17 +19,20 @@ import torch
 from torch import Tensor
 
 from hope_runtime.config import HopeConfig, RotaryScaling
+from hope_runtime.layers.memory import Memories
 
 
 class Past(NamedTuple):
-    """What a session has read, as attention sees it, for some consecutive blocks.
+    """What sessions have read, as the mixers of some consecutive blocks see it.
 
-    `rotated` and `values` are [blocks, B, K, P, N]; `positions` is [B, P], -1 where empty.
+    `rotated` and `values` are [attention blocks, B, K, P, N]; `positions` is [B, P], -1 where
+    empty; `memories` are those of the memory blocks, None where there are none.
     """
 
     rotated: Tensor
     values: Tensor
     positions: Tensor
+    memories: Memories | None = None
 
 
 class Rotation(NamedTuple):

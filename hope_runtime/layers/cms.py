@@ -14,6 +14,15 @@ from torch import Tensor
 Deltas = Mapping[str, Tensor]
 
 
+def mlp_name(block: int, place: int) -> str:
+    """Name an MLP of a block by its place in the chain; its tensors and deltas begin with it.
+
+    >>> mlp_name(3, 0), mlp_name(3, 1)
+    ('blocks.3', 'blocks.3.mlps.1')
+    """
+    return f"blocks.{block}.mlps.{place}" if place else f"blocks.{block}"
+
+
 def linear(x: Tensor, weight: Tensor, own: Sequence[Tensor | None]) -> Tensor:
     """Return x (W + delta_b)^T: one shared product, and one more per session that has learned.
 

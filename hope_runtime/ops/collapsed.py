@@ -14,31 +14,14 @@ however a stream is cut into calls, its state is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hope_runtime.ops import delta
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What is fixed of the update rule; the defaults are the form that may be served."""
-
-    chunk: int = 32
-    rate_max: float = 0.5
-    retain_min: float = 0.9
-    retain_max: float = 1.0 - 1e-5
-    target_norm: float | None = 1.0  # self-made targets are clipped to it; None: not clipped
-    memory_norm: float | None = 16.0  # G is scaled back to it at every chunk's end; None: never
-    anchored: bool = False  # the gradient at the anchor (eq. 90, 93), not at the live memory
-    decay_to_zero: bool = False  # as printed; else decay goes to the learned start
-    normalise_value: bool = True
-    modifies: bool = True  # keys, values and targets follow the memory; off: the delta rule
-    erases: float = 2.0  # eq. 88 erases twice: by its preconditioner and by its gradient
+from hope_runtime.config import Rule
+from hope_runtime.ops import delta, grid
 
 
 class Weights(NamedTuple):
@@ -91,6 +74,11 @@ def clipped(x: Tensor, limit: float | None) -> Tensor:
     return x * (limit * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)).clamp(max=1.0)
 
 
+def by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """Apply each head's shared weights [H, R, N] to all sessions at once: [B, H, T, R]."""
+    return torch.einsum("bhtn,hrn->bhtr", x, weights)
+
+
 def project(anchor: Tensor, weights: Weights, x: Tensor, q: Tensor, rule: Rule) -> Projected:
     """Generate keys, values, rates, retains and targets from the anchor (eq. 83, 84, 86, 87).
 
@@ -104,7 +92,7 @@ def project(anchor: Tensor, weights: Weights, x: Tensor, q: Tensor, rule: Rule) 
     def modified(u: Tensor) -> Tensor:
         return u + gain * (u @ anchor.mT) if rule.modifies else u
 
-    rows = modified(x) @ weights.start.mT  # [B, H, T, 3N + 2]
+    rows = by_head(modified(x), weights.start)  # [B, H, T, 3N + 2]
     keys, values = unit(rows[..., :width]), rows[..., width : 2 * width]
     if rule.normalise_value:
         values = unit(values)
@@ -128,7 +116,8 @@ def writes(made: Projected, anchor: Tensor, weights: Weights, rule: Rule) -> tup
     passed = weights.passage[:, None, None] * keys if rule.modifies else torch.zeros_like(keys)
     if rule.anchored:
         error = clipped(made.targets - passed - keys @ anchor.mT, rule.target_norm)
-        return rate, rate[..., None] * (error - (rule.erases - 1.0) * passed)
+        erase = (rule.erases - 1.0) * rate
+        return erase, rate[..., None] * error - erase[..., None] * passed
     return rule.erases * rate, rate[..., None] * (made.targets - rule.erases * passed)
 
 
@@ -136,7 +125,7 @@ def read_out(found: Tensor, queries: Tensor, weights: Weights) -> Tensor:
     """Return y = W_memory (s q + G q) for what G gave to the queries (eq. 94)."""
     width = queries.shape[-1]
     passed = weights.passage[:, None, None] * queries
-    return (passed + found) @ weights.start[:, 2 * width : 3 * width].mT
+    return by_head(passed + found, weights.start[:, 2 * width : 3 * width])
 
 
 def bounded(memory: Tensor, rule: Rule) -> Tensor:
@@ -144,7 +133,8 @@ def bounded(memory: Tensor, rule: Rule) -> Tensor:
     if rule.memory_norm is None:
         return memory
     size = torch.linalg.vector_norm(memory, dim=(-2, -1), keepdim=True)
-    return memory * (rule.memory_norm / size.clamp(min=rule.memory_norm))
+    scale: Tensor = rule.memory_norm / size.clamp(min=rule.memory_norm)
+    return memory * scale
 
 
 def naive(
@@ -215,54 +205,24 @@ def scan(
     phase: Tensor,
     rule: Rule,
     lengths: Tensor | None = None,
+    *,
+    unroll: bool = True,
 ) -> tuple[Tensor, Memory]:
     """Return what `naive` returns, a chunk at a time.
 
-    Args:
-        memory: see `naive`, as are `weights`, `x`, `q`, `phase` and `rule`.
-        lengths: how many of the T tokens are each session's own, [B]; what follows them is
-            filler, writes nothing, and reads nothing of use. All T where None.
+    With `lengths` [B], only so many of the T tokens are each session's own; what follows them is
+    filler, which writes nothing and reads nothing of use. Without `unroll`, gradients pass
+    through the recurrence but not through what the memory did to its own projections (training
+    to first order; the values are the same).
     """
-    tokens = x.shape[-2]
-    own = torch.full_like(phase, tokens) if lengths is None else lengths
-    aligned = bool((phase == phase[0]).all())
-    first = int(phase.min())
-    end = int((phase + own).max())
-    place = None
-    if not aligned:  # lay every session out on the grid of its chunks
-        place = (torch.arange(first, end, device=x.device) - phase[:, None]).clamp(0, tokens - 1)
-        x, q = _taken(x, place), _taken(q, place)
-    found = []
-    for start, stop in _pieces(first, end, rule.chunk):
-        part = slice(start - first, stop - first)
-        where = torch.arange(start, stop, device=x.device) - phase[:, None]
-        valid = ((where >= 0) & (where < own[:, None]))[:, None]  # [B, 1, C]
-        made = project(memory.anchor, weights, x[:, :, part], q[:, :, part], rule)
+
+    def part(
+        memory: Memory, x: Tensor, q: Tensor, valid: Tensor, ended: Tensor
+    ) -> tuple[Tensor, Memory]:
+        anchor = memory.anchor if unroll else memory.anchor.detach()
+        made = project(anchor, weights, x, q, rule)
         made = made._replace(rate=made.rate * valid, retain=torch.where(valid, made.retain, 1.0))
         y, live = _advance(delta.chunk, memory, weights, made, rule)
-        found.append(y)
-        boundary = -(-stop // rule.chunk) * rule.chunk
-        memory = _turned(live, memory.anchor, phase + own >= boundary, rule)
-    y = torch.cat(found, -2)
-    if place is not None:
-        steps = torch.arange(tokens, device=x.device) + (phase - first)[:, None]
-        y = _taken(y, steps.clamp(max=end - first - 1))
-    return y, memory
+        return y, _turned(live, memory.anchor, ended, rule)
 
-
-def _pieces(first: int, end: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Cut [first, end) at the multiples of `chunk`.
-
-    >>> list(_pieces(3, 10, 4))
-    [(3, 4), (4, 8), (8, 10)]
-    """
-    while first < end:
-        stop = min((first // chunk + 1) * chunk, end)
-        yield first, stop
-        first = stop
-
-
-def _taken(x: Tensor, places: Tensor) -> Tensor:
-    """Return x [B, H, T, N] at each session's own `places` [B, P]: [B, H, P, N]."""
-    index = places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
-    return x.gather(2, index)
+    return grid.walk(part, memory, x, q, phase, rule.chunk, lengths)

@@ -112,7 +112,8 @@ def _clean_chats(folder: Path) -> Iterator[Chat]:
     """Read the folder's files by name; the same chat is not given twice."""
     seen: set[int] = set()
     for file in sorted(folder.rglob("*")):
-        reader = _READERS.get(file.suffix)
+        packed = file.suffixes[-2:-1] == [".tar"]
+        reader = _READERS.get(".tar" if packed else file.suffix)
         if reader is None or not file.is_file():
             continue
         try:
@@ -195,8 +196,7 @@ def _text(file: Path) -> Iterator[_Turns]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[_Turns]]] = {
-    ".xz": _archive,
-    ".gz": _archive,
+    ".tar": _archive,  # packed as .tar.xz or .tar.gz
     ".csv": _csv,
     ".whl": _wheel,
     ".json": _json,

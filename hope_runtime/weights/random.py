@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
-from hope_runtime.config import HopeConfig, LevelConfig
+from hope_runtime.config import HopeConfig, LevelConfig, MemoryConfig, Mixer, Rule
 from hope_runtime.tokenizer import Tokenizer
 from hope_runtime.weights.checkpoint import Checkpoint
 from hope_runtime.weights.fingerprint import fingerprint
@@ -61,6 +61,32 @@ def tiny_config(**changes: Any) -> HopeConfig:
     return replace(tiny, **changes)
 
 
+def tiny_native(**changes: Any) -> HopeConfig:
+    """Return the shape of a tiny native HOPE: memories for mixers, and two MLPs a block."""
+    every = (0, 1)
+    tiny = HopeConfig(
+        vocabulary=256 + len(SPECIAL),
+        width=32,
+        blocks=2,
+        heads=0,
+        key_heads=0,
+        head_width=0,
+        hidden=48,
+        norm_eps=1e-5,
+        rotary_base=10000.0,
+        window=32,
+        sinks=0,
+        levels=(
+            LevelConfig(name="fast", chunk=8, blocks=every, rate=0.005, retain=0.99),
+            LevelConfig(name="slow", chunk=16, blocks=every, rate=0.005, retain=0.999, mlp=1),
+        ),
+        mixers=(Mixer.MEMORY,) * 2,
+        memory=MemoryConfig(heads=2, head_width=16, rule=Rule(chunk=4)),
+        chain=2,
+    )
+    return replace(tiny, **changes)
+
+
 def random_checkpoint(config: HopeConfig, seed: int = 0) -> Checkpoint:
     """Draw a model of this shape; equal seeds give equal models. The config is kept as it is."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,6 +112,12 @@ def _draw(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
     part = name.rpartition(".")[2]
     if part.endswith("norm"):
         return 1.0 + 0.1 * noise
+    if part == "memory_start":
+        return noise * math.sqrt(1.0 / shape[-1])
+    if part in {"memory_modification", "memory_passage"}:
+        return 0.5 + 0.1 * noise
+    if part == "memory_retain_bias":
+        return noise - 4.0
     if part.endswith("bias"):
         return 0.1 * noise
     if part in {"embedding", "head"}:

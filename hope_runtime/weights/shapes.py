@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hope_runtime.config import HopeConfig
+from hope_runtime.layers import memory
 from hope_runtime.weights.checkpoint import CheckpointError
 
 Shape = tuple[int, ...]
@@ -16,15 +17,30 @@ def shapes(config: HopeConfig) -> Iterator[tuple[str, Shape]]:
     """Yield name and shape of every tensor; lazily, as a crafted file may claim many blocks."""
     yield "embedding", (config.vocabulary, config.width)
     for block in range(config.blocks):
-        for part, shape in _block(config):
+        for part, shape in _block(config, block):
             yield f"blocks.{block}.{part}", shape
     yield "norm", (config.width,)
     if not config.tied_head:
         yield "head", (config.vocabulary, config.width)
 
 
-def _block(config: HopeConfig) -> Iterator[tuple[str, Shape]]:
-    width, hidden = config.width, config.hidden
+def _block(config: HopeConfig, block: int) -> Iterator[tuple[str, Shape]]:
+    if config.memory is not None and block in config.memory_blocks:
+        yield from memory.shapes(config.memory, config.width)
+    else:
+        yield from _attention(config)
+    for place in range(config.chain):
+        chained = f"mlps.{place}." if place else ""
+        yield f"{chained}mlp_norm", (config.width,)
+        yield f"{chained}gate", (config.hidden, config.width)
+        yield f"{chained}up", (config.hidden, config.width)
+        yield f"{chained}down", (config.width, config.hidden)
+    if config.independent:
+        yield "mlp_shares", (config.chain,)
+
+
+def _attention(config: HopeConfig) -> Iterator[tuple[str, Shape]]:
+    width = config.width
     queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
     yield "attention_norm", (width,)
     yield "query", (queries, width)
@@ -38,10 +54,6 @@ def _block(config: HopeConfig) -> Iterator[tuple[str, Shape]]:
     if config.query_key_norm:
         yield "query_norm", (config.head_width,)
         yield "key_norm", (config.head_width,)
-    yield "mlp_norm", (width,)
-    yield "gate", (hidden, width)
-    yield "up", (hidden, width)
-    yield "down", (width, hidden)
 
 
 def require(path: Path, config: HopeConfig, found: Mapping[str, Shape]) -> list[str]:

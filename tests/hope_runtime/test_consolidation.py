@@ -94,7 +94,7 @@ def base_norm(model, blocks):
         sum(
             float(w.square().sum())
             for i in blocks
-            for w in (model.blocks[i].gate_up, model.blocks[i].down)
+            for w in (model.blocks[i].mlps[0].gate_up, model.blocks[i].mlps[0].down)
         )
     )
 
@@ -403,7 +403,11 @@ def test_neither_the_base_nor_the_state_given_is_touched():
     model, state = both(tiny_config(levels=levels(8, 16)), chunks=1)
     state, _ = consolidate(model, state)
     state = read(model, state, tokens_of(8))
-    base = [model.embedding, model.norm, *(w for b in model.blocks for w in (b.gate_up, b.down))]
+    base = [
+        model.embedding,
+        model.norm,
+        *(w for b in model.blocks for m in b.mlps for w in (m.gate_up, m.down)),
+    ]
     parts = ("tokens", "weights", "keys", "values", "inputs")
     held = [*base, *state.deltas.values()]
     held += [getattr(p, part) for p in (*state.pieces, state.sinks) for part in parts]

@@ -314,12 +314,12 @@ def test_a_consolidation_that_raises_fails_its_own_job_only(engine):
 
 
 def test_base_weights_never_change(engine, model):
-    before = [block.down.clone() for block in model.blocks]
+    before = [block.mlps[0].down.clone() for block in model.blocks]
 
     talk(engine, State(), "a good deal of text to learn from, over and over", "more", "and more")
 
     for block, was in zip(model.blocks, before, strict=True):
-        torch.testing.assert_close(block.down, was, rtol=0, atol=0)
+        torch.testing.assert_close(block.mlps[0].down, was, rtol=0, atol=0)
 
 
 def test_a_fresh_session_gives_the_base_model_s_logits_bit_for_bit(engine, model):

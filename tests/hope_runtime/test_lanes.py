@@ -48,7 +48,7 @@ def read(model, lanes, lane, state, count, *, size=5):
 
 def held(lanes, lane, state):
     """Return what a lane holds, by position: the places are the lane's own affair."""
-    rotated, values, positions = lanes.view(lane, lane + 1, state.position)
+    rotated, values, positions, _ = lanes.view(lane, lane + 1, state.position)
     return {
         int(position): (rotated[:, 0, :, place], values[:, 0, :, place])
         for place, position in enumerate(positions[0].tolist())
@@ -91,7 +91,7 @@ def test_sinks_stay_and_window_places_are_used_again_in_turn(model):
     lanes = Lanes(model, 1)
     state = read(model, lanes, 0, State(), 5 * 16 + 9, size=7)
 
-    _, _, positions = lanes.view(0, 1, state.position)
+    _, _, positions, _ = lanes.view(0, 1, state.position)
 
     assert positions[0, :3].tolist() == [0, 1, 2]
     ring = positions[0, 3:].tolist()
