@@ -5,7 +5,7 @@ follows delta gradient descent (eq. 57) with its own input: W2 is addressed by t
 h = act(W2 k), which is no unit vector and so erases at rate' = rate / (1 + rate |h|^2):
 
     W2 <- W2 (retain I - rate  k k^T) - rate ((W1^T e) * act'(W2 k)) k^T
-    W1 <- W1 (retain I - rate' h h^T) - rate e h^T            e = M(k) - M(v)
+    W1 <- W1 (retain I - rate' h h^T) - rate  e h^T           e = M(k) - M(v)
 
 h, e and all that is made of the token are of the chunk's start (eq. 90); reads are live. Five such
 memories do not collapse into one: a session's state is all five.
@@ -60,6 +60,7 @@ class Rule:
     decay_to_zero: bool = False  # as printed; else decay goes to the learned start
     normalise_value: bool = True
     erases_outer: bool = True  # W1 has an erasure; off: W2 only
+    proximal: bool = False  # W1's gradient goes at rate' too, as eq. 57 has it for any input
     gradient: float = 1.0  # times the gradient of |e|^2 / 2; 2: of |e|^2, as printed
     activation: Activation = Activation.SILU
 
@@ -222,14 +223,14 @@ def _advance(
 ) -> tuple[Tensor, Layers]:
     """Run some tokens of one chunk through both layers; return y and the live matrices."""
     live, start = memory.live, weights.start
-    hidden_rate = made.rate / (1.0 + made.rate * made.hidden.square().sum(-1))  # rate'
-    if not rule.erases_outer:
-        hidden_rate = torch.zeros_like(hidden_rate)
+    rate = made.rate.expand(made.hidden.shape[:-1])  # [B, H, 5, C]
+    slowed = rate / (1.0 + rate * made.hidden.square().sum(-1))  # rate'
+    pace = slowed if rule.proximal else rate
+    erase = slowed if rule.erases_outer else torch.zeros_like(slowed)
 
     def layer(
-        live: Tensor, start: Tensor, keys: Tensor, queries: Tensor, erase: Tensor, slope: Tensor
+        live: Tensor, start: Tensor, keys: Tensor, queries: Tensor, erase: Tensor, writes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        writes = -made.rate[..., None] * slope
         if rule.decay_to_zero:
             found, whole = run(live + start, keys, queries, made.retain, erase, writes)
             return found, whole - start
@@ -237,27 +238,16 @@ def _advance(
         found, live = run(live, keys, queries, made.retain, erase, writes)
         return found + queries @ start.mT, live
 
-    asked, inner = layer(
-        live.inner, start.inner, made.keys, q[:, :, None], made.rate, made.slopes.inner
-    )
+    def above(boxes: slice, live: Tensor, start: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        writes = -pace[:, :, boxes, :, None] * slopes
+        keys = made.hidden[:, :, boxes]
+        return layer(live, start, keys, asked[:, :, boxes], erase[:, :, boxes], writes)
+
+    writes = -made.rate[..., None] * made.slopes.inner
+    asked, inner = layer(live.inner, start.inner, made.keys, q[:, :, None], made.rate, writes)
     asked = rule.activation(asked)
-    full, narrow = slice(3), slice(3, 5)
-    found, outer = layer(
-        live.outer,
-        start.outer,
-        made.hidden[:, :, full],
-        asked[:, :, full],
-        hidden_rate[:, :, full],
-        made.slopes.outer,
-    )
-    _, gates = layer(
-        live.gates,
-        start.gates,
-        made.hidden[:, :, narrow],
-        asked[:, :, narrow],
-        hidden_rate[:, :, narrow],
-        made.slopes.gates,
-    )
+    found, outer = above(slice(3), live.outer, start.outer, made.slopes.outer)
+    _, gates = above(slice(3, 5), live.gates, start.gates, made.slopes.gates)
     return q + found[:, :, 2], Layers(inner, outer, gates)
 
 

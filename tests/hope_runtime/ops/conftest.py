@@ -121,6 +121,7 @@ MLP = {
     "served": mlp.Rule(),
     "without bounds": mlp.Rule(error_norm=None, memory_norm=None),
     "decaying to zero": mlp.Rule(decay_to_zero=True),
+    "proximal": mlp.Rule(proximal=True),
     "the port's": replace(mlp.NESTED_LEARNING, rate_max=0.01),
 }
 TITANS = {

@@ -79,8 +79,12 @@ def test_the_slopes_are_the_gradients_of_each_memorys_loss(weights, stream, fact
 
 
 @pytest.mark.parametrize("to_zero", [False, True])
-@pytest.mark.parametrize("erases_outer", [False, True])
-def test_the_layers_follow_the_rule_token_by_token(weights, stream, to_zero, erases_outer):
+@pytest.mark.parametrize(
+    ("erases_outer", "proximal"), [(False, False), (True, False), (True, True)]
+)
+def test_the_layers_follow_the_rule_token_by_token(
+    weights, stream, to_zero, erases_outer, proximal
+):
     """Whole matrices of one head, straight from the equations, two chunks of three tokens."""
     rule = mlp.Rule(
         chunk=3,
@@ -88,6 +92,7 @@ def test_the_layers_follow_the_rule_token_by_token(weights, stream, to_zero, era
         memory_norm=None,
         decay_to_zero=to_zero,
         erases_outer=erases_outer,
+        proximal=proximal,
     )
     (x, q), head = stream(1, 6, 5), 1
     found, after = mlp.naive(mlp.empty(1, weights), weights, x, q, torch.tensor([0]), rule)
@@ -106,10 +111,13 @@ def test_the_layers_follow_the_rule_token_by_token(weights, stream, to_zero, era
             h, error = rule.activation(w2 @ k), apply(*anchor[box], k, rule)
             error = error - apply(*anchor[box], v, rule)
             back = (w1.mT @ error) * rule.activation.slope(w2 @ k)
-            own = eta / (1 + eta * h @ h) if erases_outer else torch.zeros(1, dtype=DOUBLE)
+            slowed = eta / (1 + eta * h @ h)
+            own, pace = slowed * erases_outer, slowed if proximal else eta
             w2, w1, _ = live[box]
             w2 = w2 @ (alpha * torch.eye(4) - eta * torch.outer(k, k)) - eta * torch.outer(back, k)
-            w1 = w1 @ (alpha * torch.eye(5) - own * torch.outer(h, h)) - eta * torch.outer(error, h)
+            w1 = w1 @ (alpha * torch.eye(5) - own * torch.outer(h, h)) - pace * torch.outer(
+                error, h
+            )
             if not to_zero:
                 w2, w1 = w2 + (1 - alpha) * start[box][0], w1 + (1 - alpha) * start[box][1]
             live[box] = (w2, w1, skip)
