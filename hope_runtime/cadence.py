@@ -42,11 +42,10 @@ def marked(position: int, due: Sequence[Due], config: HopeConfig) -> set[int]:
     """Return the positions, up to this one, from which a chunk begun or due is to be read again."""
     if not config.memory_blocks:
         return set()
-    begun = [
-        position - position % level.chunk - 1 if (position + 1) % level.chunk else position
-        for level in config.levels
-    ]
-    return {p for p in [*begun, *(d.start - 1 for d in due)] if p > 0}
+    chunks = [level.chunk for level in config.levels]
+    begun = [position - position % chunk - 1 for chunk in chunks]
+    begins = [position for chunk in chunks if (position + 1) % chunk == 0]  # with the next token
+    return {p for p in [*begun, *begins, *(d.start - 1 for d in due)] if p > 0}
 
 
 def completed(start: int, end: int, config: HopeConfig) -> list[Due]:

@@ -132,7 +132,7 @@ def _past(model: Hope, state: State, end: int) -> Past:
 
     def lay(part: Piece) -> Tensor:
         where = torch.arange(part.start, part.end, device=model.device)
-        turn = attention.rotation(where[None], model.frequency)
+        turn = attention.rotation(where[None], model.frequency, model.dtype)
         keys = part.keys[below:].to(model.device, model.dtype)
         return attention.rotate(keys.transpose(1, 2), turn).transpose(1, 2)[:, None]
 

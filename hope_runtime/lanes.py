@@ -71,6 +71,13 @@ class Lanes:
 
     def load(self, lane: int, state: State) -> None:
         """Lay a session out on a lane."""
+        if self._model.config.attention_blocks:
+            self._attend(lane, state)
+        for held, kept in zip(self._memories or (), state.memories or repeat(None), strict=False):
+            held[:, lane] = 0.0 if kept is None else kept.to(held)
+
+    def _attend(self, lane: int, state: State) -> None:
+        """Lay out what attention can see."""
         self._positions[lane] = -1
         # a place that attention may not see weighs nothing, but nothing times NaN is NaN
         self._rotated[:, lane] = 0.0
@@ -81,13 +88,12 @@ class Lanes:
         for piece in state.pieces:
             if piece.end > state.position - window:
                 self._lay(lane, piece.cut(state.position - window, piece.end))
-        for held, kept in zip(self._memories or (), state.memories or repeat(None), strict=False):
-            held[:, lane] = 0.0 if kept is None else kept.to(held)
 
     def _lay(self, lane: int, piece: Piece) -> None:
         positions = torch.arange(piece.start, piece.end, device=self._model.device)
-        turn = attention.rotation(positions[None], self._model.frequency)
-        keys = piece.keys.to(self._model.device, self._model.dtype)
+        model = self._model
+        turn = attention.rotation(positions[None], model.frequency, model.dtype)
+        keys = piece.keys.to(model.device, model.dtype)
         # blocks take the place of sessions: [L, n, K, N] rotates like [B, T, heads, N]
         rotated = attention.rotate(keys.transpose(1, 2), turn).transpose(1, 2)
         places = self._place(positions)
@@ -103,6 +109,13 @@ class Lanes:
         `start` is [B]; of session b only the first `lengths[b]` tokens of the pass are its own
         (all of them where no lengths are given).
         """
+        if self._model.config.attention_blocks:
+            self._append(first, start, read, lengths)
+        rows = slice(first, first + len(start))
+        for held, after in zip(self._memories or (), read.memories or (), strict=True):
+            held[:, rows] = after
+
+    def _append(self, first: int, start: Tensor, read: Read, lengths: Sequence[int] | None) -> None:
         sessions, tokens = read.hidden.shape[:2]
         own = torch.tensor(lengths or [tokens] * sessions, device=start.device)[:, None]
         session, token = (torch.arange(tokens, device=start.device) < own).nonzero().T
@@ -112,8 +125,6 @@ class Lanes:
         self._rotated[:, rows, :, places] = read.rotated[:, session, :, token]
         self._values[:, rows, :, places] = read.values[:, session, :, token]
         self._positions[rows, places] = positions
-        for held, after in zip(self._memories or (), read.memories or (), strict=True):
-            held[:, first : first + sessions] = after
 
     def _place(self, positions: Tensor) -> Tensor:
         config = self._model.config

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hope_runtime.config import ConfigError, HopeConfig
 from hope_runtime.layers import attention, cms, memory
-from hope_runtime.layers.attention import Past
+from hope_runtime.layers.attention import Past, widened
 from hope_runtime.layers.cms import Deltas
 from hope_runtime.layers.memory import Memories, MemoryLayer
 from hope_runtime.ops.collapsed import Memory
@@ -70,7 +70,7 @@ class Block:
 
 def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis, computed in float32."""
-    wide = x if x.dtype is torch.float64 else x.float()
+    wide = widened(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * gain
 
@@ -168,8 +168,8 @@ class Hope:
         return F.embedding(tokens, self.embedding)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits over the vocabulary for hidden states [..., width]."""
-        return F.linear(norm(hidden, self.norm, self.config.norm_eps), self.head).float()
+        """Return logits over the vocabulary, in float32 or more, for hidden states [..., width]."""
+        return widened(F.linear(norm(hidden, self.norm, self.config.norm_eps), self.head))
 
     def run(
         self,
@@ -216,7 +216,8 @@ class Hope:
         if found:
             keys, rotated, values = (torch.stack(parts) for parts in zip(*found, strict=True))
         else:
-            keys = rotated = values = past.rotated[:, :, :, :0]
+            shape = (0, len(x), config.key_heads, x.shape[1], config.head_width)
+            keys = rotated = values = x.new_zeros(shape)
         memories = Memories(*(torch.stack(p) for p in zip(*kept, strict=True))) if kept else None
         return Read(x, keys, rotated, values, inputs, memories)
 
@@ -231,6 +232,7 @@ class Hope:
             self.frequency,
             window=config.window,
             sinks=config.sinks,
+            dtype=self.dtype,
         )
 
     def _remember(

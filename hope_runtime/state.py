@@ -304,7 +304,7 @@ def _piece(
     """Return the piece that holds positions [start, end)."""
     tensors = _load(name, blobs)
     n = end - start
-    kv = (config.blocks, config.key_heads, n, config.head_width)
+    kv = (len(config.attention_blocks), config.key_heads, n, config.head_width)
     if int(_take(name, tensors, "start", (1,))) != start:
         raise StateError(f"blob {name!r} does not start at {start}")
     tokens = _take(name, tensors, "tokens", (n,)).to(torch.int64)

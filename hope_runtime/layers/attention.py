@@ -36,7 +36,7 @@ class Past(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines for T new tokens of B sessions, each [B, T, 1, N] in float32."""
+    """Cosines and sines for T new tokens of B sessions, each [B, T, 1, N]; float32 or more."""
 
     cos: Tensor
     sin: Tensor
@@ -67,11 +67,17 @@ def _scale(base: Tensor, scaling: RotaryScaling) -> Tensor:
     return base * ramp + base / scaling.factor * (1.0 - ramp)
 
 
-def rotation(positions: Tensor, frequency: Tensor) -> Rotation:
-    """Return cosines and sines for integer positions [B, T]."""
+def widened(x: Tensor) -> Tensor:
+    """Return numbers that may be rounded to bfloat16 as float32; float64 stays what it is."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def rotation(positions: Tensor, frequency: Tensor, dtype: torch.dtype = torch.float32) -> Rotation:
+    """Return cosines and sines for integer positions [B, T], to turn numbers of `dtype` by."""
     angles = positions.to(torch.float64)[..., None, None] * frequency  # [B, T, 1, N/2]
     angles = torch.cat([angles, angles], -1)
-    return Rotation(angles.cos().float(), angles.sin().float())
+    exact = torch.promote_types(dtype, torch.float32)
+    return Rotation(angles.cos().to(exact), angles.sin().to(exact))
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
@@ -82,7 +88,14 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 
 
 def geometry(
-    start: Tensor, tokens: int, past: Tensor, frequency: Tensor, *, window: int, sinks: int
+    start: Tensor,
+    tokens: int,
+    past: Tensor,
+    frequency: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Geometry:
     """Place `tokens` new tokens per session, from position `start` [B], after `past` [B, P]."""
     if tokens > window:
@@ -97,8 +110,8 @@ def geometry(
     furthest = window + sinks - 1
     beyond = bool((now > furthest).any())
     return Geometry(
-        rotation(now, frequency),
-        rotation(now.clamp(max=furthest), frequency) if beyond else None,
+        rotation(now, frequency, dtype),
+        rotation(now.clamp(max=furthest), frequency, dtype) if beyond else None,
         bias,
     )
 
@@ -135,7 +148,7 @@ def attend(
         far = _by_key_head(rotate(query, place.sinks), shared)
         before[..., :sinks] = far @ rotated[:, :, :sinks].mT
     scores = torch.cat([before, near @ new.mT], -1)
-    scores = scores.view(sessions, -1, shared, tokens, scores.shape[-1]).float()
+    scores = widened(scores.view(sessions, -1, shared, tokens, scores.shape[-1]))
     weights = torch.softmax(scores * width**-0.5 + place.bias, -1).to(value.dtype).flatten(2, 3)
     held = values.shape[2]
     out = weights[..., :held] @ values + weights[..., held:] @ value  # [B, K, G * T, N]
