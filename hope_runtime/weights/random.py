@@ -87,6 +87,13 @@ def tiny_native(**changes: Any) -> HopeConfig:
     return replace(tiny, **changes)
 
 
+def tiny_mixed(**changes: Any) -> HopeConfig:
+    """Return the shape of a tiny model whose blocks attend and remember in turn."""
+    memory = MemoryConfig(heads=2, head_width=16, rule=Rule(chunk=4))
+    mixers = (Mixer.ATTENTION, Mixer.MEMORY) * 2
+    return tiny_config(**{"mixers": mixers, "memory": memory, **changes})
+
+
 def random_checkpoint(config: HopeConfig, seed: int = 0) -> Checkpoint:
     """Draw a model of this shape; equal seeds give equal models. The config is kept as it is."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,6 +127,8 @@ def _draw(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         return noise - 4.0
     if part.endswith("bias"):
         return 0.1 * noise
+    if part == "mlp_shares":
+        return 0.5 + 0.1 * noise
     if part in {"embedding", "head"}:
         return 0.3 * noise
     return noise * math.sqrt(2.0 / shape[1])

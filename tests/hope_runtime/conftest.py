@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from hope_runtime.config import HopeConfig
+from hope_runtime.config import HopeConfig, Rule
 from hope_runtime.layers.attention import frequencies
 from hope_runtime.weights.default import SMOLLM2, default_cache
 from hope_runtime.weights.random import CHATML, SPECIAL
@@ -109,15 +109,17 @@ def _tokenizer() -> Any:
 class Plain:
     """The model as its definition says it: float64, one token after another, key by key.
 
-    No window cache, no batch, no matrix of scores: what the efficient form must agree with.
-    `history` holds, for every block, the key (before rotation) and value of each token read.
+    No window cache, no batch, no matrix of scores; every memory of a head is a matrix of its own,
+    written by its own target. It is what the efficient form must agree with.
+    `history` holds, for every block and token read, the key (before rotation) and value, or the
+    convolution's input and the memories after the token.
     """
 
     def __init__(self, config: HopeConfig, weights: Mapping[str, Tensor]) -> None:
         self.config = config
         self.weights = {name: tensor.double() for name, tensor in weights.items()}
         self.frequency = frequencies(config, torch.device("cpu"))
-        self.history: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.blocks)]
+        self.history: list[list[tuple[Any, ...]]] = [[] for _ in range(config.blocks)]
 
     def read(self, tokens: Sequence[int], deltas: Mapping[str, Tensor]) -> Tensor:
         """Read tokens, each after all that came before it; return their logits."""
@@ -125,20 +127,17 @@ class Plain:
 
     def forget(self, position: int) -> None:
         """Take back what was read from `position` on, and hold the rest as constants."""
-        self.history = [
-            [(key.detach(), value.detach()) for key, value in block[:position]]
-            for block in self.history
-        ]
+        self.history = [[_detached(token) for token in block[:position]] for block in self.history]
 
     def _token(self, token: int, deltas: Mapping[str, Tensor]) -> Tensor:
         x = self.weights["embedding"][token]
         for i, history in enumerate(self.history):
-            x = x + self._mix(i, x, history)
-            x = x + self._mlp(i, x, deltas)
+            mixes = self._remember if i in self.config.memory_blocks else self._mix
+            x = self._think(i, x + mixes(i, x, history), deltas)
         head = self.weights["embedding" if self.config.tied_head else "head"]
         return head @ self._norm(x, self.weights["norm"])
 
-    def _mix(self, i: int, x: Tensor, history: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _mix(self, i: int, x: Tensor, history: list[tuple[Any, ...]]) -> Tensor:
         config = self.config
         h = self._norm(x, self.weights[f"blocks.{i}.attention_norm"])
         query, key, value = (
@@ -148,7 +147,7 @@ class Plain:
         history.append((key, value))
         return self.weights[f"blocks.{i}.output"] @ self.attend(query, history)
 
-    def attend(self, query: Tensor, history: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def attend(self, query: Tensor, history: Sequence[tuple[Any, ...]]) -> Tensor:
         """Let the last token of `history` look at what it may, with all its query heads."""
         config, now = self.config, len(history) - 1
         shared = [head // (config.heads // config.key_heads) for head in range(config.heads)]
@@ -171,8 +170,41 @@ class Plain:
         turned = pairs * torch.polar(torch.ones_like(self.frequency), distance * self.frequency)
         return torch.cat([turned.real, turned.imag], -1)
 
-    def _mlp(self, i: int, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
-        weights, name = self.weights, f"blocks.{i}"
+    def _remember(self, i: int, x: Tensor, history: list[tuple[Any, ...]]) -> Tensor:
+        memory, now = self.config.memory, len(history)
+        assert memory is not None
+        weight = {
+            name.removeprefix(f"blocks.{i}.memory_"): tensor
+            for name, tensor in self.weights.items()
+            if name.startswith(f"blocks.{i}.memory_")
+        }
+        h = self._norm(x, weight["norm"])
+        seen = torch.cat([weight["input"] @ h, weight["query"] @ h])
+        mixed = weight["convolution"][:, -1] * seen
+        for ago in range(1, min(memory.taps, now + 1)):
+            mixed = mixed + weight["convolution"][:, -1 - ago] * history[now - ago][0]
+        x, query = (mixed * torch.sigmoid(mixed)).view(2, memory.heads, memory.head_width)
+        starts = _starts(weight["start"])
+        _, live, anchor = history[-1] if history else (None, starts, starts)
+        y, live = _step(memory.rule, weight, live, anchor, x, _unit(query))
+        if (now + 1) % memory.rule.chunk == 0:
+            live = anchor = _bounded(memory.rule, live, starts)
+        history.append((seen, live, anchor))
+        y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6) * weight["head_norm"]
+        gate = weight["gate"] @ h
+        return weight["output"] @ (y.flatten() * gate * torch.sigmoid(gate))
+
+    def _think(self, i: int, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
+        names = [f"blocks.{i}", *(f"blocks.{i}.mlps.{n}" for n in range(1, self.config.chain))]
+        if self.config.independent:
+            shares = self.weights[f"blocks.{i}.mlp_shares"]
+            return x + sum(s * self._mlp(n, x, deltas) for s, n in zip(shares, names, strict=True))
+        for name in names:
+            x = x + self._mlp(name, x, deltas)
+        return x
+
+    def _mlp(self, name: str, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
+        weights = self.weights
         h = self._norm(x, weights[f"{name}.mlp_norm"])
         gate_up = torch.cat([weights[f"{name}.gate"], weights[f"{name}.up"]])
         down = weights[f"{name}.down"]
@@ -184,6 +216,77 @@ class Plain:
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
         return x / torch.sqrt((x * x).mean() + self.config.norm_eps) * gain
+
+
+Boxes = dict[str, Tensor]  # each [heads, rows, head width]
+
+
+def _starts(start: Tensor) -> Boxes:
+    """Return the learned starts of a block's memories.
+
+    Beside those of the paper there is one that starts as the identity. Nothing is recalled from
+    it: it says what the memories of a head have in common, to be measured and scaled.
+    """
+    width = start.shape[-1]
+    names = ("key", "value", "memory")
+    boxes = {name: start[:, n * width : (n + 1) * width] for n, name in enumerate(names)}
+    boxes["rate"] = start[:, 3 * width : 3 * width + 1]
+    boxes["retain"] = start[:, 3 * width + 1 : 3 * width + 2]
+    if start.shape[1] > 3 * width + 2:
+        boxes["query"] = start[:, 3 * width + 2 :]
+    boxes["common"] = torch.eye(width, dtype=start.dtype).expand(len(start), -1, -1)
+    return boxes
+
+
+def _step(
+    rule: Rule, weight: Mapping[str, Tensor], live: Boxes, anchor: Boxes, x: Tensor, query: Tensor
+) -> tuple[Tensor, Boxes]:
+    """Recall, then let every memory write the target that it makes itself (eq. 83 to 88)."""
+    starts = _starts(weight["start"])
+    follows, passes = (weight[part][:, None, None] for part in ("modification", "passage"))
+
+    def made(name: str, u: Tensor) -> Tensor:
+        """Apply a memory as it was at the chunk's start, as far as projections follow it."""
+        return ((1 - follows) * starts[name] + follows * anchor[name]) @ u[..., None]
+
+    def recalled(name: str, u: Tensor) -> Tensor:
+        """Apply a memory as it is now, with as much of its start as is passed on."""
+        return (live[name] - (1 - passes) * starts[name]) @ u[..., None]
+
+    key, value = _unit(made("key", x)[..., 0]), _unit(made("value", x)[..., 0])
+    rate = rule.rate_max * torch.sigmoid(made("rate", x)[:, 0, 0] + weight["rate_bias"])
+    forgets = torch.sigmoid(made("retain", x)[:, 0, 0] + weight["retain_bias"])
+    retain = (1 - (1 - rule.retain_min) * forgets).clamp(max=rule.retain_max)
+    rate, retain = rate[:, None, None], retain[:, None, None]
+    if "query" in live:
+        query = _unit(made("query", x)[..., 0])
+    size = torch.sqrt((made("common", value) ** 2).sum(1, keepdim=True) + 1e-12)
+    scale = (rule.target_norm / size).clamp(max=1.0)
+    after = {
+        name: retain * box
+        + (1 - retain) * starts[name]
+        + rate * (scale * made(name, value) - 2 * recalled(name, key)) * key[:, None]
+        for name, box in live.items()
+    }
+    return recalled("memory", query)[..., 0], after
+
+
+def _bounded(rule: Rule, live: Boxes, starts: Boxes) -> Boxes:
+    size = torch.sqrt(((live["common"] - starts["common"]) ** 2).sum((1, 2), keepdim=True))
+    scale = (rule.memory_norm / size).clamp(max=1.0)
+    return {name: starts[name] + scale * (box - starts[name]) for name, box in live.items()}
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-12)
+
+
+def _detached(token: Any) -> Any:
+    if isinstance(token, Tensor):
+        return token.detach()
+    if isinstance(token, dict):
+        return {name: tensor.detach() for name, tensor in token.items()}
+    return tuple(_detached(part) for part in token)
 
 
 @pytest.fixture(scope="session")
