@@ -47,7 +47,7 @@ def walk(
     own = torch.full_like(phase, tokens) if lengths is None else lengths
     aligned = bool((phase == phase[0]).all())
     first = int(phase.min())
-    end = int((phase + own).max()) if lengths is None else max(int((phase + own).max()), first + 1)
+    end = max(int((phase + own).max()), first + 1)
     place = None
     if not aligned:  # lay every session out on the grid of its chunks
         place = (torch.arange(first, end, device=x.device) - phase[:, None]).clamp(0, tokens - 1)
