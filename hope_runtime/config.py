@@ -24,6 +24,13 @@ class Mixer(StrEnum):
     MEMORY = "memory"
 
 
+class Form(StrEnum):
+    """Which update rule the memories follow."""
+
+    HOPE = "hope"  # self-modifying: `ops/collapsed.py`
+    TITANS = "titans"  # static projections, and momentum: `ops/titans.py`; for comparison
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the value and the remedy."""
 
@@ -121,6 +128,7 @@ class MemoryConfig:
     taps: int = 4  # of the short convolution before keys, values and queries
     adaptive_query: bool = False  # queries from a memory of their own (paper, table 6)
     rule: Rule = Rule()
+    form: Form = Form.HOPE  # Titans takes of the rule what its equations have
 
     def __post_init__(self) -> None:
         if min(self.heads, self.head_width, self.taps) < 1:
@@ -128,6 +136,8 @@ class MemoryConfig:
                 f"a memory needs heads, head_width and taps of at least 1, not {self.heads}, "
                 f"{self.head_width} and {self.taps}"
             )
+        if self.form is Form.TITANS and self.adaptive_query:
+            raise ConfigError("adaptive_query needs the form 'hope': Titans' queries are static")
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +276,28 @@ class HopeConfig:
             levels.append(LevelConfig("slow", 4 * fast, lower, rate=4.7e-4, retain=0.996, clip=0.3))
         return replace(self, levels=tuple(levels))
 
+    def native(self) -> HopeConfig:
+        """Return this native shape with its default levels: each MLP of the chain is one.
+
+        The first learns every 128 tokens, each later one four times more slowly.
+        """
+        every = tuple(range(self.blocks))
+        return replace(
+            self,
+            levels=tuple(
+                LevelConfig(
+                    f"level{place + 1}",
+                    128 * 4**place,
+                    every,
+                    rate=4.7e-4,
+                    retain=0.995,
+                    clip=0.3,
+                    mlp=place,
+                )
+                for place in range(self.chain)
+            ),
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -286,7 +318,8 @@ class HopeConfig:
             if scaling := made.get("rotary_scaling"):
                 made["rotary_scaling"] = RotaryScaling(**scaling)
             if memory := made.get("memory"):
-                made["memory"] = MemoryConfig(**{**memory, "rule": Rule(**memory["rule"])})
+                form, rule = Form(memory.get("form", Form.HOPE)), Rule(**memory["rule"])
+                made["memory"] = MemoryConfig(**{**memory, "rule": rule, "form": form})
             return cls(**made)
         except ConfigError:
             raise

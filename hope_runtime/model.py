@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_runtime.config import ConfigError, HopeConfig
+from hope_runtime.config import ConfigError, Form, HopeConfig
 from hope_runtime.layers import attention, cms, memory
 from hope_runtime.layers.attention import Past, widened
 from hope_runtime.layers.cms import Deltas
 from hope_runtime.layers.memory import Memories, MemoryLayer
-from hope_runtime.ops.collapsed import Memory
 
 
 class Read(NamedTuple):
@@ -125,7 +124,9 @@ class Hope:
         mixer: AttentionLayer | MemoryLayer
         if i in config.memory_blocks:
             mixer = memory.layer(
-                lambda part: self._take(name + part), lambda part: self._take_exact(name + part)
+                config.memory.form if config.memory else Form.HOPE,
+                lambda part: self._take(name + part),
+                lambda part: self._take_exact(name + part),
             )
         else:
             mixer = self._attention(name)
@@ -239,23 +240,13 @@ class Hope:
         self,
         h: Tensor,
         layer: MemoryLayer,
-        before: tuple[Tensor, Tensor, Tensor],
+        before: tuple[Tensor, ...],
         phase: Tensor,
         lengths: Tensor | None,
     ) -> tuple[Tensor, Memories]:
         assert self.config.memory is not None
-        live, anchor, ring = before
-        mixed, after, ring = memory.mix(
-            h,
-            layer,
-            Memory(live, anchor),
-            ring,
-            phase,
-            lengths,
-            self.config.memory.rule,
-            unroll=self._unroll,
-        )
-        return mixed, Memories(after.live, after.anchor, ring)
+        rule, held = self.config.memory.rule, Memories(*before)
+        return memory.mix(h, layer, held, phase, lengths, rule, unroll=self._unroll)
 
     def _think(self, x: Tensor, block: Block, deltas: Sequence[Deltas]) -> Tensor:
         """Pass tokens through the block's MLPs: a chain (eq. 70, 73), or a sum (eq. 74)."""

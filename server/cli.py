@@ -20,12 +20,11 @@ import typer
 import uvicorn
 import uvloop
 from pydantic import ValidationError
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 
-from hope_runtime.config import ConfigError
-from memory_store import SessionKey, StoreError
+from memory_store import SessionKey
+from server.commands.terminal import Refusal, err, out, refusals
+from server.commands.train import train
 from server.settings import Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
@@ -45,18 +44,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(train, name="train")
 _BACKLOG = 2048  # connections that may wait to be accepted
 _HANGING_UP = 2  # seconds for clients to take the last bytes of their replies
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
 _LOG_SECONDS = 2.0  # between two lines of progress where nobody watches
-
-
-class Refusal(Exception):
-    """One sentence for the person who started the command."""
 
 
 def _about(name: str) -> str:
@@ -88,7 +80,7 @@ def serve(
     """Serve a model; settings not given here come from HOPE_* environment variables."""
     flags = {name: value for name, value in locals().items() if name != "verbose"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as good as Ctrl-C
-    with _refusals():
+    with refusals():
         _log(verbose)
         settings = _settings(**{name: value for name, value in flags.items() if value is not None})
         _serve(settings)
@@ -97,7 +89,7 @@ def serve(
 @app.command()
 def keys(tenant: Annotated[str, typer.Argument(help="who the key is for")] = "default") -> None:
     """Make an API key; put the printed line into HOPE_API_KEYS (comma-separated)."""
-    with _refusals():
+    with refusals():
         try:
             SessionKey(tenant, "any")
         except ValueError as error:
@@ -110,7 +102,7 @@ def models(
     model: Annotated[str, typer.Argument(help=_about("model"))] = "smollm2",
 ) -> None:
     """Fetch a model if need be, and show what would be served."""
-    with _refusals():
+    with refusals():
         settings = _settings(model=model)
         card, *_ = _load(settings)
         config = card.config
@@ -310,20 +302,6 @@ def _settings(**flags: Any) -> Settings:
         name = str(first["loc"][0])
         where = f"--{name.replace('_', '-')}" if name in flags else f"HOPE_{name.upper()}"
         raise Refusal(f"{where} {first.get('input')!r}: {message}") from None
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn errors that a person can mend into one sentence and exit code 1."""
-    from hope_runtime.weights.checkpoint import CheckpointError
-
-    try:
-        yield
-    except (Refusal, StoreError, ConfigError, CheckpointError) as error:
-        err.print(f"[red]hope:[/red] {escape(str(error))}")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:  # while starting; a server that runs is told to stop in its loop
-        raise typer.Exit(130) from None
 
 
 def _log(verbose: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import hope_runtime
 from hope_runtime import weights
 from hope_runtime.config import WINDOW, ConfigError, HopeConfig
 from hope_runtime.engine import Engine
@@ -82,6 +83,8 @@ def _read(settings: Settings, report: Report) -> Checkpoint:
             path = fetch_default(default_cache(), report)
         case "random":
             return random_checkpoint(tiny_config(window=settings.window, sinks=settings.sinks))
+        case "hope-nano":
+            path = Path(hope_runtime.__file__).parent / "models" / "hope-nano"
         case name:
             path = Path(name)
     report(f"reading {path.name}")
@@ -90,8 +93,10 @@ def _read(settings: Settings, report: Report) -> Checkpoint:
 
 def _shape(checkpoint: Checkpoint, settings: Settings) -> HopeConfig:
     config = checkpoint.config
+    if not config.attention_blocks:
+        return config
     # a reader narrows the window only where the model was trained for less than the default
     widest = config.window if config.window < WINDOW else checkpoint.context - settings.sinks
     window = min(settings.window, widest)
     config = replace(config, window=window, sinks=settings.sinks)
-    return config if config.levels else config.stacked()
+    return config if config.levels or config.memory_blocks else config.stacked()

@@ -27,8 +27,8 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model: str = Field(
         "smollm2",
-        description="`smollm2` (fetched on first use), `random` (tiny, for trying things), "
-        "a Hugging Face directory, or a .gguf file",
+        description="`smollm2` (fetched on first use), `hope-nano` (native, comes with the package), "
+        "`random` (tiny, for trying things), a model's directory, or a .gguf file",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

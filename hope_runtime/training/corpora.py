@@ -44,14 +44,14 @@ class Chats(NamedTuple):
     valid: list[Chat]
 
 
-def read_chats(folder: Path) -> Chats:
-    """Read every chat below a folder; which side one falls on depends on its text alone."""
+def read_chats(path: Path) -> Chats:
+    """Read a file's chats or all below a folder; on which side one falls depends on its text."""
     chats = Chats([], [])
-    for chat in _clean_chats(folder):
+    for chat in _clean_chats(path):
         chats[_is_valid(chat)].append(chat)
     if not chats.train:
         raise CorpusError(
-            f"{folder}: no chats found; put {_FILES} there. The Self-dialogue Corpus is public: "
+            f"{path}: no chats found; put {_FILES} there. The Self-dialogue Corpus is public: "
             "github.com/jfainberg/self_dialogue_corpus, packed as self_dialogue.tar.xz"
         )
     return chats
@@ -108,10 +108,10 @@ def _is_valid(chat: Chat) -> bool:
     return crc32("\n".join(line.text for line in chat).encode()) % 100 < 2
 
 
-def _clean_chats(folder: Path) -> Iterator[Chat]:
-    """Read the folder's files by name; the same chat is not given twice."""
+def _clean_chats(path: Path) -> Iterator[Chat]:
+    """Read files by name; the same chat is not given twice."""
     seen: set[int] = set()
-    for file in sorted(folder.rglob("*")):
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
         packed = file.suffixes[-2:-1] == [".tar"]
         reader = _READERS.get(".tar" if packed else file.suffix)
         if reader is None or not file.is_file():

@@ -40,13 +40,17 @@ def _draw(name: str, shape: Shape, generator: torch.Generator, depth: int) -> Te
             return 0.02 * noise
         case "memory_start":
             return _start(noise)
+        case "memory_projection":
+            return _projection(noise)
+        case "memory_matrix":
+            return 0.1 * noise / math.sqrt(shape[-1])
         case "memory_convolution":
             return 0.5 * noise
         case "memory_retain_bias":
             return torch.linspace(-5.0, -9.0, shape[0])
         case "memory_modification":
             return torch.full(shape, 0.1)
-        case "memory_rate_bias" | "memory_passage":
+        case "memory_rate_bias" | "memory_passage" | "memory_momentum_bias":
             return torch.zeros(shape)
         case "query_bias" | "key_bias" | "value_bias":
             return torch.zeros(shape)
@@ -64,3 +68,10 @@ def _start(noise: Tensor) -> Tensor:
     start[:, reading] = 0.1 * start[:, reading] + torch.eye(width)
     start[:, 3 * width : 3 * width + 2] *= 0.1  # gates: near their biases
     return start
+
+
+def _projection(noise: Tensor) -> Tensor:
+    """Return the static projections of Titans: random keys and values, gates near their biases."""
+    projection = noise / math.sqrt(noise.shape[-1])
+    projection[:, 2 * noise.shape[-1] :] *= 0.1
+    return projection

@@ -28,6 +28,7 @@ from hope_runtime.model import Hope
 from hope_runtime.ops import optimisers
 from hope_runtime.ops.optimisers import Gradient, Optimiser, OptimiserState
 from hope_runtime.training.initial import initial
+from hope_runtime.weights.shapes import shapes
 
 
 class TrainingError(ValueError):
@@ -161,8 +162,22 @@ def gradient(
     loss = losses(model, batch.tokens)
     weights = batch.weights[:, 1:].to(device)
     mean = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
-    found = torch.autograd.grad(mean, list(own.values()))
+    found = torch.autograd.grad(mean, list(own.values()), allow_unused=True, materialize_grads=True)
     return float(mean.detach()), dict(zip(own, (g.cpu() for g in found), strict=True))
+
+
+@torch.no_grad()
+def judged(
+    config: HopeConfig,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Return the mean loss in nats of a batch's targets that count."""
+    model = Hope(config, params, device=device, dtype=dtype)
+    weights = batch.weights[:, 1:].to(device)
+    return float((losses(model, batch.tokens) * weights).sum() / weights.sum())
 
 
 def losses(model: Hope, tokens: Tensor) -> Tensor:
@@ -197,7 +212,7 @@ def _apart(params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 # --- at rest ----------------------------------------------------------------------------------
 
 
-def save(path: Path, config: HopeConfig, recipe: Recipe, progress: Progress, notes: str) -> None:
+def save(path: Path, config: HopeConfig, recipe: Recipe, progress: Progress) -> None:
     """Write a run to one file, at once: a crash leaves the file as it was, or as it is to be."""
     tensors = {f"params/{name}": p for name, p in progress.params.items()}
     for kind, state in (("matrices", progress.matrices), ("vectors", progress.vectors)):
@@ -207,14 +222,14 @@ def save(path: Path, config: HopeConfig, recipe: Recipe, progress: Progress, not
         "recipe": json.dumps(asdict(recipe)),
         "step": str(progress.step),
         "chance": json.dumps(progress.chance.bit_generator.state),
-        "notes": notes,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     save_file({name: t.contiguous() for name, t in tensors.items()}, draft, about)
     os.replace(draft, path)
 
 
-def load(path: Path) -> tuple[HopeConfig, Recipe, Progress, str]:
+def load(path: Path) -> tuple[HopeConfig, Recipe, Progress]:
     """Read what `save` wrote.
 
     Raises:
@@ -227,7 +242,7 @@ def load(path: Path) -> tuple[HopeConfig, Recipe, Progress, str]:
         config = HopeConfig.from_json(json.loads(about["config"]))
         recipe = Recipe(**json.loads(about["recipe"]))
         chance: dict[str, Any] = json.loads(about["chance"])
-        step, notes = int(about["step"]), about["notes"]
+        step = int(about["step"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"{path}: not a training run's file: {error}") from error
 
@@ -237,11 +252,16 @@ def load(path: Path) -> tuple[HopeConfig, Recipe, Progress, str]:
 
     generator = np.random.default_rng()
     generator.bit_generator.state = chance
+    params = part("params")
+    try:  # in the order that they were made in: sums over them are then the same to the last bit
+        params = {name: params[name] for name, _ in shapes(config)}
+    except KeyError as error:
+        raise TrainingError(f"{path}: the run has no tensor {error}") from error
     progress = Progress(
         step,
-        part("params"),
+        params,
         optimisers.restore(part("matrices")),
         optimisers.restore(part("vectors")),
         generator,
     )
-    return config, recipe, progress, notes
+    return config, recipe, progress

@@ -7,7 +7,7 @@ tokens of their own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 
 from hope_runtime.tokenizer import Tokenizer
 from hope_runtime.training import personas
-from hope_runtime.training.corpora import Chat, read_chats
+from hope_runtime.training.corpora import Chat
 
 END = "<|end|>"
 ROLES = ("user", "assistant", "system")
@@ -39,9 +39,11 @@ _VALUE_COUNT = 500  # times that each value is counted besides where it is said
 _WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
-def train_vocabulary(data: Path, size: int = 3072, seed: int = 0) -> Tokenizer:
-    """Train on the chats below `data` and on made-up dialogues; equal seeds give equal tokens."""
-    backend = _backend(read_chats(data).train, size, seed)
+def train_vocabulary(
+    chats: Sequence[Chat], texts: Sequence[str] = (), size: int = 3072, seed: int = 0
+) -> Tokenizer:
+    """Train on chats, made-up dialogues and texts; equal seeds give equal tokens."""
+    backend = _backend(chain(texts, _texts(chats, seed)), size)
     return Tokenizer(backend, template=TEMPLATE, eos=END)
 
 
@@ -55,7 +57,7 @@ def save_vocabulary(tokenizer: Tokenizer, directory: Path) -> None:
         (directory / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _backend(chats: list[Chat], size: int, seed: int) -> tokenizers.Tokenizer:
+def _backend(texts: Iterator[str], size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(BPE())
     backend.normalizer = normalizers.Sequence(
         [normalizers.Strip(left=True, right=False), normalizers.Prepend(" ")]
@@ -73,11 +75,11 @@ def _backend(chats: list[Chat], size: int, seed: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_texts(chats, seed), trainer)
+    backend.train_from_iterator(texts, trainer)
     return backend
 
 
-def _texts(chats: list[Chat], seed: int) -> Iterator[str]:
+def _texts(chats: Sequence[Chat], seed: int) -> Iterator[str]:
     yield from (line.text for chat in chats for line in chat)
     rng = default_rng(seed)
     for _ in range(_DIALOGUES):

@@ -7,6 +7,7 @@ import pytest
 
 from hope_runtime.tokenizer import Message, Role, Tokenizer
 from hope_runtime.training.facts import CITIES, NAMES, PETS
+from hope_runtime.training.corpora import read_chats
 from hope_runtime.training.vocabulary import save_vocabulary, train_vocabulary
 from hope_runtime.weights.huggingface_tokenizer import directory_tokenizer
 from hope_runtime.weights.json_file import Fields
@@ -75,10 +76,11 @@ def test_a_trained_vocabulary_loads_again(tmp_path: Path):
     messages = [{"role": "user", "content": "Hi there."}, {"role": "assistant", "content": "Yes."}]
     (data / "chats.jsonl").write_text(json.dumps({"messages": messages}))
 
-    trained = train_vocabulary(data, size=400, seed=0)
+    chats = read_chats(data).train
+    trained = train_vocabulary(chats, size=400, seed=0)
     save_vocabulary(trained, saved)
     loaded = directory_tokenizer(saved, Fields(saved / "config.json", {}), 400)
 
     assert loaded.vocabulary == 400
     assert loaded.encode("My dog is Rex.") == trained.encode("My dog is Rex.")
-    assert loaded.to_json() == train_vocabulary(data, size=400, seed=0).to_json()
+    assert loaded.to_json() == train_vocabulary(chats, size=400, seed=0).to_json()

@@ -1,0 +1,1 @@
+"""The longer commands of `hope`, one file each."""
