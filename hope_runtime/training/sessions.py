@@ -39,6 +39,7 @@ class Probe(NamedTuple):
     told: list[Line]
     filler: list[Line]
     questions: list[tuple[str, Fact]]
+    changed: frozenset[str]  # names of the kinds whose fact was told anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +187,10 @@ def probe(
         lines = material.excerpt_lines(rng)
         tokens += len(material.row(lines).tokens)
         filler += lines
+    changed = frozenset(fact.kind.name for fact in drawn[:overwritten])
     order = [drawn[i] for i in rng.permutation(facts)]
-    return Probe(told, filler, [(personas.question(rng, fact.kind), fact) for fact in order])
+    questions = [(personas.question(rng, fact.kind), fact) for fact in order]
+    return Probe(told, filler, questions, changed)
 
 
 _ANCHOR = "a"

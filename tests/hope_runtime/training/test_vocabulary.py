@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hope_runtime.tokenizer import Message, Role, Tokenizer
-from hope_runtime.training.facts import CITIES, NAMES, PETS
 from hope_runtime.training.corpora import read_chats
+from hope_runtime.training.facts import CITIES, NAMES, PETS
 from hope_runtime.training.vocabulary import save_vocabulary, train_vocabulary
 from hope_runtime.weights.huggingface_tokenizer import directory_tokenizer
 from hope_runtime.weights.json_file import Fields
