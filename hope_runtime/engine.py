@@ -257,13 +257,16 @@ class Engine:
         self._leave(row)
         return Failed(job, NotFinite("the model's numbers are not finite"))
 
-    def _finish(self, row: int, reason: Reason) -> Finished:
+    def _finish(self, row: int, reason: Reason) -> Finished | Failed:
         seat = self._seats[row]
         turn = seat.turn
         unread = [] if seat.next is None else [(seat.next, turn.said_weight)]
         memories = turn.state.memories
         if seat.state.position > turn.state.position:
             memories = self._lanes.memories(row)
+            # what the last token wrote has not been recalled yet: nobody else would see it
+            if not all(bool(held.isfinite().all()) for held in memories or ()):
+                return self._fail(row)
         self._leave(row)
         state = compact(seat.state, turn.state.position, self._model.config)
         drawn = seat.said + (reason is Reason.STOP and not seat.reply.stopped)

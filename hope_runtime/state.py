@@ -235,6 +235,10 @@ def restore(
     if position and len(ends) == 1:
         raise StateError(f"a session at position {position} has no window")
     first = min(position, config.sinks)
+    due = tuple(Due(str(name), int(start), int(end)) for name, start, end in facts["due"])
+    marks = [int(at) for at in facts.get("marks", ())]
+    if missing := marked(position, due, config).difference(marks):
+        raise StateError(f"a session at position {position} has no {mark_name(min(missing))!r}")
     remembering = bool(config.memory_blocks) and position > 0
     learning = sum(i >= config.first_level_block for i in config.memory_blocks)
     return State(
@@ -245,7 +249,7 @@ def restore(
             for start, end in pairwise(ends)
         ),
         carry=tuple((int(token), float(weight)) for token, weight in facts["carry"]),
-        due=tuple(Due(str(name), int(start), int(end)) for name, start, end in facts["due"]),
+        due=due,
         levels={
             name: LevelState(delta=_delta(name, blobs, config, moved=kept["updates"] > 0), **kept)
             for name, kept in facts["levels"].items()
@@ -256,8 +260,7 @@ def restore(
             else None
         ),
         marks=tuple(
-            Mark(int(at), _memories(mark_name(int(at)), blobs, learning, config, dtype))
-            for at in facts.get("marks", ())
+            Mark(at, _memories(mark_name(at), blobs, learning, config, dtype)) for at in marks
         ),
     )
 

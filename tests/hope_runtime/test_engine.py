@@ -8,19 +8,20 @@ from itertools import count
 import pytest
 import torch
 
+from hope_runtime.config import MemoryConfig
 from hope_runtime.engine import Consolidation, Engine, NotFinite, Turn
 from hope_runtime.model import Hope
 from hope_runtime.report import Dropped, Failed, Finished, Learned, Reason, Said
 from hope_runtime.sampling import Sampling
 from hope_runtime.state import State, dump, restore
-from hope_runtime.weights.random import random_checkpoint, tiny_config
+from hope_runtime.weights.random import random_checkpoint, tiny_config, tiny_mixed, tiny_native
 
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def checkpoint():
-    return random_checkpoint(tiny_config())
+@pytest.fixture(scope="module", params=[tiny_config, tiny_native, tiny_mixed])
+def checkpoint(request):
+    return random_checkpoint(request.param())
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,7 @@ def assert_same_state(one: State, other: State, tolerance=1e-5):
             torch.testing.assert_close(
                 delta, other.levels[name].delta[key], rtol=tolerance, atol=tolerance
             )
+    assert_same_memories(one, other, tolerance)
     for key in ("tokens", "weights", "keys", "values", "inputs"):
         axis = 2 if key in ("keys", "values") else 0
         a = torch.cat([getattr(p, key) for p in one.pieces], axis)
@@ -90,6 +92,16 @@ def assert_same_state(one: State, other: State, tolerance=1e-5):
             b.narrow(axis, b.shape[axis] - least, least),
         )
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_memories(one: State, other: State, tolerance=0):
+    """What the memories hold now, and held where chunks begin that are still to be learned."""
+    assert [mark.position for mark in one.marks] == [mark.position for mark in other.marks]
+    assert (one.memories is None) == (other.memories is None)
+    pairs = zip((one, *one.marks), (other, *other.marks), strict=True)
+    for a, b in ((x.memories, y.memories) for x, y in pairs if x.memories is not None):
+        for held, too in zip(a, b, strict=True):
+            torch.testing.assert_close(held, too, rtol=tolerance, atol=tolerance)
 
 
 def test_a_turn_reads_what_was_given_and_says_up_to_its_limit(engine):
@@ -192,24 +204,82 @@ def test_a_turn_saves_only_what_it_changed(engine):
 
     _, put, keep = dump(after, before)
 
-    assert [name for name in put if name.startswith("level/")] == []
-    assert [name for name in put if name.startswith("window/")] == [
-        f"window/{before.position:012d}-{after.position:012d}"
-    ]
-    assert {"level/fast", "level/slow", "sinks"} <= keep
+    moved = {f"mark/{m.position:012d}" for m in after.marks if m not in before.marks}
+    moved |= {"memory"} if after.memories else set()
+    assert put.keys() == {f"window/{before.position:012d}-{after.position:012d}", *moved}
+    assert {"level/fast", "level/slow", *(["sinks"] if after.sinks else [])} <= keep
+    assert bool(before.marks) == any(name.startswith("mark/") for name in keep)
 
 
-def test_the_state_before_a_turn_stays_whole(engine):
-    before, _ = talk(engine, State(), "something to remember, quite a bit longer than a chunk")
-    kept = {name: d.clone() for name, d in before.deltas.items()}
-    keys = [p.keys.clone() for p in before.pieces]
+@pytest.mark.parametrize("learned", [True, False], ids=["chunks learned", "chunks still due"])
+@pytest.mark.parametrize("ends", ["kept", "cancelled", "failed"])
+def test_the_state_before_a_turn_stays_whole_however_the_turn_ends(engine, learned, ends):
+    text = "something to remember, quite a bit longer than a chunk"
+    before = end(run(engine, turn("a", State(), text, most=20, weight=float(learned)))["a"]).state
+    before = replace(before, levels=talk(engine, State(), text)[0].levels)
+    again = restore(*dump(before, None)[:2], engine._model.config, engine._model.dtype)
+    more = turn("b", before, "a lot more text, enough for several chunks to fall due", most=30)
 
-    run(engine, turn("a", before, "a lot more text, enough for several chunks to fall due"))
+    if ends == "failed":
+        bad = {name: torch.full_like(d, torch.nan) for name, d in before.deltas.items()}
+        level = replace(before.levels["fast"], delta=bad)
+        more = replace(more, state=replace(before, levels={**before.levels, "fast": level}))
+    engine.submit(more)
+    facts = [fact for _ in range(8) for fact in engine.step()]
+    if ends == "cancelled":
+        engine.cancel("b", keep=False)
+    while not engine.idle:
+        facts += engine.step()
 
-    for name, delta in before.deltas.items():
-        torch.testing.assert_close(delta, kept[name], rtol=0, atol=0)
-    for piece, was in zip(before.pieces, keys, strict=True):
-        torch.testing.assert_close(piece.keys, was, rtol=0, atol=0)
+    last = {"kept": Finished, "cancelled": Dropped, "failed": Failed}[ends]
+    assert any(isinstance(fact, last) for fact in facts)
+    assert_same_state(before, again, tolerance=0)
+    one, other = (talk(engine, each, "and now?", most=20) for each in (before, again))
+    assert one[1] == other[1]
+    assert_same_state(one[0], other[0], tolerance=0)
+
+
+def test_interrupted_after_every_turn_with_chunks_still_due_a_session_goes_on_the_same(engine):
+    """Half of the chunks wait for the next turn, marks and all, in a store."""
+    model, texts = engine._model, ["hello there", "I", "like", "trains, and the sea", "and", "you?"]
+    kept = stored = State()
+    blobs, waited = {}, 0
+    for i, text in enumerate(texts):
+        one, other = (turn(id, s, text, most=9) for id, s in (("a", kept), ("b", stored)))
+        facts = run(engine, one)["a"]
+        again = run(engine, other)["b"]
+
+        assert said(again) == said(facts)
+        before, kept, stored = stored, end(facts).state, end(again).state
+        if i % 2:
+            kept, stored = (
+                end(run(engine, Consolidation("c", s))["c"]).state for s in (kept, stored)
+            )
+        facts, put, keep = dump(stored, before)
+        blobs = {name: blob for name, blob in blobs.items() if name in keep} | put
+        stored = restore(facts, blobs, model.config, model.dtype)
+        waited += bool(stored.due) and bool(i % 2 == 0)
+        assert_same_state(stored, kept, tolerance=0)
+    assert waited > 1
+    assert kept.levels["slow"].updates > 1
+
+
+def test_a_memory_that_is_no_longer_finite_fails_its_turn_and_is_never_stored(engine, monkeypatch):
+    """A token's own write is not yet in what it recalls: only the memory itself can tell."""
+    if not engine._model.config.memory_blocks:
+        pytest.skip("the model has no memory")
+    lanes, append = engine._lanes, engine._lanes.append
+
+    def spoiling(*args):
+        append(*args)
+        lanes._memories.live[:, 0, 0, 3] = torch.nan
+
+    monkeypatch.setattr(lanes, "append", spoiling)
+    facts = run(engine, *(turn(id, State(), "hello", most=0) for id in "ab"))
+
+    assert isinstance(facts["a"][-1], Failed)
+    assert isinstance(facts["a"][-1].error, NotFinite)
+    assert end(facts["b"]).state.memories.live.isfinite().all()
 
 
 def test_a_session_far_longer_than_the_window_keeps_its_size(engine):
@@ -222,6 +292,26 @@ def test_a_session_far_longer_than_the_window_keeps_its_size(engine):
     assert state.position > 10 * engine._model.config.window
     # pieces are whole turns, so the size breathes by one turn
     assert max(sizes[10:]) <= 1.5 * min(sizes[10:])
+
+
+def test_a_native_session_has_the_same_size_after_five_thousand_tokens():
+    config = tiny_native()
+    fast, slow = config.levels
+    levels = (replace(fast, chunk=64), replace(slow, chunk=128))
+    config = replace(config, levels=levels, memory=MemoryConfig(2, 16))
+    checkpoint = random_checkpoint(config)
+    model = Hope(config, checkpoint.weights)
+    engine = Engine(model, checkpoint.tokenizer, lanes=1, clock=lambda: 0.0)
+    state, sizes = State(), []
+    for i in range(20):
+        text = f"{i:2d} {'the quick brown fox jumps over the lazy dog ' * 6}"[:256]
+        job = turn("a", state, text, most=0, closing=(), learn=i < 2)
+        state = end(run(engine, job)["a"]).state
+        sizes.append(state.bytes)
+
+    assert state.position == 5120
+    assert set(sizes) == {sizes[0]}
+    assert sizes[0] == state.bytes < 2 * sum(delta.nbytes for delta in state.deltas.values())
 
 
 def test_cancel_keeps_what_was_said(engine):

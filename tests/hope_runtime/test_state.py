@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from hope_runtime.cadence import completed, horizon
+from hope_runtime.cadence import completed, horizon, marked
+from hope_runtime.config import MemoryConfig
 from hope_runtime.consolidation import learnable
+from hope_runtime.layers import memory
+from hope_runtime.layers.memory import Memories
 from hope_runtime.state import (
     LevelState,
+    Mark,
     Piece,
     State,
     StateError,
@@ -28,56 +33,81 @@ from hope_runtime.state import (
     restore,
     trim,
 )
-from hope_runtime.weights.random import tiny_config
+from hope_runtime.weights.random import tiny_config, tiny_mixed, tiny_native
 
-CONFIG = tiny_config(width=8, blocks=4, heads=2, key_heads=1, head_width=4, hidden=8)
+SMALL = {"width": 8, "hidden": 8}
+ATTENTION = {"heads": 2, "key_heads": 1, "head_width": 4}
+REMEMBERING = {"memory": MemoryConfig(heads=2, head_width=4, taps=3)}
+CONFIGS = {
+    "attention": tiny_config(**SMALL, **ATTENTION),
+    "memory": tiny_native(**SMALL, **REMEMBERING),
+    "both": tiny_mixed(**SMALL, **ATTENTION, **REMEMBERING),
+}
+CONFIG = CONFIGS["both"]  # has every kind of blob
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
-def piece_of(start, length, *, dtype=torch.float32, weight=1.0):
+def memories_of(config, position, first=0, dtype=torch.float32):
+    """Return what the memory blocks from block `first` on might hold at a position."""
+    if not config.memory_blocks:
+        return None
+    generator = torch.Generator().manual_seed(position)
+    blocks = sum(i >= first for i in config.memory_blocks)
+    like = memory.empty(config.memory, blocks, torch.empty(0, dtype=dtype))
+    return Memories(*(torch.randn(t.shape, generator=generator).to(t.dtype) for t in like))
+
+
+def piece_of(start, length, *, config=CONFIG, dtype=torch.float32, weight=1.0):
     generator = torch.Generator().manual_seed(start)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    kv = (CONFIG.blocks, CONFIG.key_heads, length, CONFIG.head_width)
+    kv = (len(config.attention_blocks), config.key_heads, length, config.head_width)
     return Piece(
         start,
-        torch.randint(0, CONFIG.vocabulary, (length,), generator=generator),
+        torch.randint(0, config.vocabulary, (length,), generator=generator),
         torch.full((length,), weight),
         draw(*kv),
         draw(*kv),
-        draw(length, CONFIG.width),
+        draw(length, config.width),
     )
 
 
-def learned(state, level, updates=1):
+def learned(state, level, updates=1, *, config=CONFIG):
     generator = torch.Generator().manual_seed(updates)
     delta = {
         name: torch.randn(shape, generator=generator)
-        for name, shape in level_shapes(CONFIG, level).items()
+        for name, shape in level_shapes(config, level).items()
     }
     moved = LevelState(delta, updates, state.position, 2.5, "applied", 0.01)
     return replace(state, levels={**state.levels, level: moved})
 
 
-def take_turn(state, lengths, *, weight=1.0, dtype=torch.float32):
+def take_turn(state, lengths, *, config=CONFIG, weight=1.0, dtype=torch.float32):
     """Read calls of these lengths, record the chunks they complete, and end the turn."""
     begin = state.position
     state = replace(state, carry=())
     for length in lengths:
-        piece = piece_of(state.position, length, weight=weight, dtype=dtype)
-        state = extend(state, piece, CONFIG)
-        due = completed(piece.start, piece.end, CONFIG)
-        due = tuple(each for each in due if learnable(state, each))
-        state = trim(replace(state, due=(*state.due, *due)), CONFIG)
-    return replace(compact(state, begin, CONFIG), carry=((7, 0.0), (10, 1.0)))
+        whole = piece_of(state.position, length, config=config, weight=weight, dtype=dtype)
+        ends = {p for p in range(whole.start + 1, whole.end) if p in marked(p, (), config)}
+        for start, stop in pairwise(sorted({whole.start, *ends, whole.end})):
+            state = extend(state, whole.cut(start, stop), config)
+            if stop in marked(stop, (), config):
+                mark = Mark(stop, memories_of(config, stop, config.first_level_block, dtype))
+                state = replace(state, marks=(*state.marks, mark))
+            due = completed(start, stop, config)
+            due = tuple(each for each in due if learnable(state, each))
+            state = trim(replace(state, due=(*state.due, *due)), config)
+    state = replace(state, memories=memories_of(config, state.position, dtype=dtype))
+    return replace(compact(state, begin, config), carry=((7, 0.0), (10, 1.0)))
 
 
-def session(turns=6, **options):
+def session(turns=6, *, config=CONFIG, **options):
     state = State()
     for _ in range(turns):
-        state = take_turn(state, (9, 1, 4), **options)
-        state = trim(replace(learned(state, "fast"), due=()), CONFIG)
+        state = take_turn(state, (9, 1, 4), config=config, **options)
+        state = trim(replace(learned(state, "fast", config=config), due=()), config)
     return state
 
 
@@ -87,8 +117,8 @@ def stored(state, before=None):
     return json.loads(json.dumps(facts)), put, keep
 
 
-def restored(facts, blobs, dtype=torch.float32):
-    return restore(facts, blobs, CONFIG, dtype)
+def restored(facts, blobs, dtype=torch.float32, *, config=CONFIG):
+    return restore(facts, blobs, config, dtype)
 
 
 def assert_equal(one, other):
@@ -100,69 +130,92 @@ def assert_equal(one, other):
         assert one.keys() == other.keys()
         for key, value in one.items():
             assert_equal(value, other[key])
-    elif isinstance(one, tuple) and one and isinstance(one[0], Piece):
+    elif isinstance(one, tuple):
         assert len(one) == len(other)
         for a, b in zip(one, other, strict=True):
             assert_equal(a, b)
-    elif isinstance(one, (State, Piece, LevelState)):
+    elif isinstance(one, (State, Piece, Mark, LevelState)):
         for part in fields(one):
             assert_equal(getattr(one, part.name), getattr(other, part.name))
     else:
         assert one == other
 
 
-def test_what_is_stored_is_what_is_read():
-    state = take_turn(session(), (40,))
+@each_config
+def test_what_is_stored_is_what_is_read(config):
+    state = take_turn(session(config=config), (40,), config=config)
     assert state.due
+    assert bool(state.marks) == (state.memories is not None) == bool(config.memory_blocks)
     facts, blobs, keep = stored(state)
 
-    again = restored(facts, blobs)
+    again = restored(facts, blobs, config=config)
 
     assert keep == set()
     assert_equal(again, state)
 
 
-def test_storing_again_gives_the_same_bytes():
-    facts, blobs, _ = stored(session())
+@each_config
+def test_storing_again_gives_the_same_bytes(config):
+    facts, blobs, _ = stored(session(config=config))
 
-    facts_again, blobs_again, _ = stored(restored(facts, blobs))
+    facts_again, blobs_again, _ = stored(restored(facts, blobs, config=config))
 
     assert facts_again == facts
     assert blobs_again == blobs
 
 
-def test_a_new_session_is_stored_as_nothing_but_facts():
+@each_config
+def test_a_new_session_is_stored_as_nothing_but_facts(config):
     facts, blobs, _ = stored(State())
 
     assert blobs == {}
-    assert_equal(restored(facts, blobs), State())
+    assert_equal(restored(facts, blobs, config=config), State())
 
 
-def test_a_turn_stores_its_own_tokens_and_keeps_the_rest():
-    before = session()
-    after = learned(take_turn(before, (5,)), "slow")
+@each_config
+def test_a_turn_stores_its_own_tokens_and_memory_and_keeps_the_rest(config):
+    before = session(config=config)
+    after = learned(take_turn(before, (5,), config=config), "slow", config=config)
 
     _, put, keep = stored(after, before)
 
-    start = before.position
-    assert put.keys() == {f"window/{start:012d}-{start + 5:012d}", "level/slow"}
+    start, new = before.position, {"level/slow"}
+    begun = {f"mark/{mark.position:012d}" for mark in after.marks}
+    assert start == 84
+    if config.memory_blocks:
+        assert begun == {"mark/000000000079", "mark/000000000087"}
+        new |= {"memory", "mark/000000000087"}
+    assert put.keys() == {f"window/{start:012d}-{start + 5:012d}", *new}
     assert keep == {
-        "sinks",
+        *(["sinks"] if config.sinks else []),
         "level/fast",
         *(f"window/{p.start:012d}-{p.end:012d}" for p in after.pieces[:-1]),
+        *(begun - new),
     }
 
 
-def test_what_one_turn_kept_and_put_is_all_that_the_next_needs():
+@each_config
+def test_a_turn_that_reads_nothing_stores_nothing_again(config):
+    before = session(config=config)
+
+    _, put, keep = stored(replace(before, carry=()), before)
+
+    assert put == {}
+    assert keep == stored(before)[1].keys()
+
+
+@each_config
+def test_what_one_turn_kept_and_put_is_all_that_the_next_needs(config):
     state, blobs = State(), {}
     for turn in range(9):
-        before, state = state, take_turn(state, (3 + turn, 6))
+        before, state = state, take_turn(state, (3 + turn, 6), config=config)
         if turn % 3 == 1:
-            state = trim(replace(learned(state, "fast", turn), due=()), CONFIG)
+            moved = learned(state, "fast", turn, config=config)
+            state = trim(replace(moved, due=()), config)
         facts, put, keep = stored(state, before)
         blobs = {name: blob for name, blob in blobs.items() if name in keep} | put
 
-        assert_equal(restored(facts, blobs), state)
+        assert_equal(restored(facts, blobs, config=config), state)
 
 
 @pytest.mark.parametrize(
@@ -181,15 +234,24 @@ def test_a_server_in_another_precision_reads_the_same_session(here, there):
             assert getattr(new, part).dtype == there
             assert torch.equal(getattr(new, part), getattr(old, part).to(there))
         assert torch.equal(new.tokens, old.tokens)
-    assert_equal(again.levels, state.levels)  # deltas are float32 in any
+    assert_equal(again.levels, state.levels)  # deltas are float32 in any, as memories are
+    pairs = zip((state, *state.marks), (again, *again.marks), strict=True)
+    for old, new in ((a.memories, b.memories) for a, b in pairs):
+        assert new.live.dtype == new.anchor.dtype == torch.float32
+        assert_equal((new.live, new.anchor), (old.live, old.anchor))
+        assert_equal(new.ring, old.ring.to(there))
 
 
 # --- damage -----------------------------------------------------------------------------------
 
-GOOD, BLOBS, _ = stored(session())
+GOOD, BLOBS, _ = stored(take_turn(session(), (5,)))
 NAMES = sorted(BLOBS)
-PARTS = ("start", "tokens", "weights", "keys", "values", "inputs")
-EVERY_TENSOR = [(name, part) for name in NAMES for part in load_tensors(BLOBS[name])]
+EVERY_TENSOR = [
+    (name, part)
+    for name in NAMES
+    for part, tensor in load_tensors(BLOBS[name]).items()
+    if tensor.numel()
+]
 PIECES = [name for name in NAMES if name.startswith("window/")]
 
 
@@ -205,7 +267,14 @@ def assert_damaged(name, blobs, facts=GOOD):
 
 def test_the_session_to_be_damaged_has_every_kind_of_blob():
     assert len(PIECES) > 2
-    assert {name.partition("/")[0] for name in NAMES} == {"sinks", "window", "level"}
+    assert sum(name.startswith("mark/") for name in NAMES) > 1
+    assert {name.partition("/")[0] for name in NAMES} == {
+        "sinks",
+        "window",
+        "level",
+        "memory",
+        "mark",
+    }
     restored(GOOD, BLOBS)
 
 
@@ -281,6 +350,18 @@ def test_an_unknown_level_is_named():
     assert_damaged("glacial", BLOBS, facts)
 
 
+def test_a_chunk_that_cannot_be_read_again_for_want_of_a_mark_is_named():
+    assert_damaged("mark/000000000079", BLOBS, {**GOOD, "marks": GOOD["marks"][1:]})
+
+
+def test_memories_are_no_part_of_a_model_that_only_attends():
+    config = CONFIGS["attention"]
+    facts, blobs, _ = stored(session(config=config))
+
+    with pytest.raises(StateError, match="'mark/000000000079': the model has no memories"):
+        restored({**facts, "marks": [79]}, {**BLOBS, **blobs}, config=config)
+
+
 def test_another_format_is_refused():
     with pytest.raises(StateError, match="format 2"):
         restored({**GOOD, "format": 2}, BLOBS)
@@ -312,29 +393,33 @@ turns = st.tuples(
 )
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(turns, min_size=1, max_size=6))
-def test_after_any_turns_the_pieces_reach_back_to_the_horizon_and_are_stored_whole(plan):
+@each_config
+@settings(max_examples=25, deadline=None)
+@given(plan=st.lists(turns, min_size=1, max_size=6))
+def test_after_any_turns_the_pieces_reach_back_to_the_horizon_and_are_stored_whole(config, plan):
     state, everything = State(), []
     for lengths, weight, then in plan:
         begin = state.position
         for length in lengths:
-            everything.append(piece_of(begin, length, weight=weight))
+            everything.append(piece_of(begin, length, config=config, weight=weight))
             begin += length
-        before, state = state, take_turn(state, lengths, weight=weight)
+        before, state = state, take_turn(state, lengths, config=config, weight=weight)
         if then == "consolidate":
-            state = trim(replace(state, due=()), CONFIG)
+            state = trim(replace(state, due=()), config)
 
-        oldest = max(horizon(state.position, state.due, CONFIG), 0)
+        oldest = max(horizon(state.position, state.due, config), 0)
         kept = join(between(state.pieces, oldest, state.position))
         read = join(between(everything, oldest, state.position))
         assert_equal(kept, read)
-        sinks = join(between(everything, 0, CONFIG.sinks))
-        assert_equal(state.sinks, sinks)
+        first = between(everything, 0, config.sinks)
+        assert_equal(state.sinks, join(first) if first else None)
+        begins = {max(due.start - 1, 0) for due in state.due} - {0}
+        if config.memory_blocks:
+            assert {mark.position for mark in state.marks} >= begins
         # all but the oldest of the turns are within reach
         assert all(p.end > oldest for p in state.pieces)
         facts, put, keep = stored(state, before)
-        assert_equal(restored(facts, dump(before, None)[1] | put), state)
+        assert_equal(restored(facts, dump(before, None)[1] | put, config=config), state)
         assert keep <= dump(before, None)[1].keys()
 
 
@@ -345,20 +430,23 @@ def test_a_piece_must_begin_where_the_session_is():
         extend(state, piece_of(6, 2), CONFIG)
 
 
-def test_a_long_turn_is_stored_without_what_nobody_can_reach():
-    state = take_turn(State(), (32,) * 9, weight=0.0)
+@each_config
+def test_a_long_turn_is_stored_without_what_nobody_can_reach(config):
+    state = take_turn(State(), (32,) * 9, config=config, weight=0.0)
 
     (piece,) = state.pieces
-    assert piece.start == horizon(state.position, (), CONFIG)
+    assert piece.start == horizon(state.position, (), config)
     assert piece.end == 288
 
 
-def test_bytes_counts_every_tensor_once():
-    state = session()
+@each_config
+def test_bytes_counts_every_tensor_once(config):
+    state = session(config=config)
     _, put, _ = stored(state)
     numbers = sum(t.nbytes for blob in put.values() for t in load_tensors(blob).values())
 
-    assert state.bytes == numbers - 8 * (len(state.pieces) + 1)  # `start` is no tensor in RAM
+    pieces = len(state.pieces) + (state.sinks is not None)
+    assert state.bytes == numbers - 8 * pieces  # `start` is no tensor in RAM
 
 
 def test_a_stretch_is_found_among_many_pieces_without_looking_at_all():
