@@ -156,7 +156,11 @@ def _zeros(model: Hope, level: LevelConfig) -> dict[str, Tensor]:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in tensors))
+    def size(t: Tensor) -> float:
+        exact = torch.promote_types(t.dtype, torch.float32)
+        return float(torch.linalg.vector_norm(t, dtype=exact))
+
+    return math.hypot(*map(size, tensors))
 
 
 def _base_norm(model: Hope, level: LevelConfig) -> float:

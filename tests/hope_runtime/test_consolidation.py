@@ -8,33 +8,43 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hope_runtime.cadence import Due, completed, until_boundary
+from hope_runtime.cadence import Due, completed, marked, until_boundary
 from hope_runtime.config import LevelConfig
 from hope_runtime.consolidation import Outcome, consolidate, learnable
 from hope_runtime.engine import Engine, Turn
 from hope_runtime.lanes import Lanes
+from hope_runtime.layers.cms import mlp_name
 from hope_runtime.model import Hope
 from hope_runtime.report import Finished
 from hope_runtime.sampling import Sampling
-from hope_runtime.state import LevelState, Piece, State, compact, extend, trim
-from hope_runtime.weights.random import random_checkpoint, tiny_config
+from hope_runtime.state import LevelState, Mark, Piece, State, compact, extend, trim
+from hope_runtime.weights.random import random_checkpoint, tiny_config, tiny_mixed, tiny_native
 
 FREE = {"clip": 1e9, "bound": 1e9}  # neither clipped nor refused
 PARTS = (5, 1, 9, 3, 14, 2, 7, 13, 16, 4)  # turns whose ends fall before, on and after boundaries
 
 
-def levels(fast, slow, **changes):
+def levels(fast, slow, *, shape=None, **changes):
     """Return two levels whose `rate` is absolute: the config's is a share of the base's norm."""
     each = {"rate": 1.0, "retain": 0.9, **FREE, **changes}
     return (
-        level("fast", fast, (3,), **each),
-        level("slow", slow, (1, 2), **each),
+        level("fast", fast, (3,), shape=shape, **each),
+        level("slow", slow, (1, 2), shape=shape, **each),
     )
 
 
-def level(name, chunk, blocks, *, rate, **each):
-    share = rate / base_norm(Hope(tiny_config(), random_checkpoint(tiny_config()).weights), blocks)
-    return LevelConfig(name=name, chunk=chunk, blocks=blocks, rate=share, **each)
+def chained(fast, slow, shape=None):
+    """Return one level for each MLP of a native model's blocks."""
+    each = {"rate": 1.0, "retain": 0.9, "shape": shape or tiny_native(), **FREE}
+    return (
+        level("fast", fast, (0, 1), **each),
+        level("slow", slow, (0, 1), mlp=1, **each),
+    )
+
+
+def level(name, chunk, blocks, *, rate, shape=None, mlp=0, **each):
+    share = rate / base_norm(model_of(shape or tiny_config()), blocks, mlp)
+    return LevelConfig(name=name, chunk=chunk, blocks=blocks, rate=share, mlp=mlp, **each)
 
 
 def only_fast(**changes):
@@ -68,7 +78,13 @@ def read(model, state, tokens, weights=None):
         found.values[:, 0],
         found.inputs[0],
     )
-    state = extend(state, piece, model.config)
+    lanes.append(0, torch.tensor([start]), found)
+    memories = lanes.memories(0)
+    state = replace(extend(state, piece, model.config), memories=memories)
+    if state.position in marked(state.position, (), model.config):
+        below = sum(i < model.config.first_level_block for i in model.config.memory_blocks)
+        mark = Mark(state.position, memories.blocks(below))
+        state = replace(state, marks=(*state.marks, mark))
     due = completed(start, piece.end, model.config)
     due = tuple(each for each in due if learnable(state, each))
     return trim(replace(state, due=(*state.due, *due)), model.config)
@@ -89,14 +105,9 @@ def norm(deltas):
     return math.sqrt(sum(float(d.double().square().sum()) for d in deltas.values()))
 
 
-def base_norm(model, blocks):
-    return math.sqrt(
-        sum(
-            float(w.square().sum())
-            for i in blocks
-            for w in (model.blocks[i].mlps[0].gate_up, model.blocks[i].mlps[0].down)
-        )
-    )
+def base_norm(model, blocks, mlp=0):
+    parts = [model.blocks[i].mlps[mlp] for i in blocks]
+    return math.sqrt(sum(float(w.square().sum()) for p in parts for w in (p.gate_up, p.down)))
 
 
 SHAPES = {
@@ -106,6 +117,12 @@ SHAPES = {
     "chunks that share no boundary": tiny_config(window=16, sinks=2, levels=levels(6, 16)),
     "a window longer than the session": tiny_config(window=128, levels=levels(8, 32)),
     "a head of its own": tiny_config(window=16, tied_head=False, levels=levels(8, 16)),
+    "memories": tiny_native(levels=chained(8, 16)),
+    "memories and MLPs in a sum": tiny_native(
+        independent=True, levels=chained(8, 16, tiny_native(independent=True))
+    ),
+    "memories whose chunks share no boundary": tiny_native(levels=chained(6, 15)),
+    "memories between attention": tiny_mixed(window=16, levels=levels(8, 16, shape=tiny_mixed())),
 }
 
 
@@ -158,8 +175,9 @@ def gradient(reference, state, due, tokens, weights):
     first = max(due.start - 1, 0)
     own = {}
     for i in level.blocks:
-        own[f"blocks.{i}.gate_up"] = torch.zeros(2 * config.hidden, config.width).double()
-        own[f"blocks.{i}.down"] = torch.zeros(config.width, config.hidden).double()
+        name = mlp_name(i, level.mlp)
+        own[f"{name}.gate_up"] = torch.zeros(2 * config.hidden, config.width).double()
+        own[f"{name}.down"] = torch.zeros(config.width, config.hidden).double()
     own |= {n: d.double() for n, d in state.levels.get(due.level, LevelState()).delta.items()}
     own = {name: d.requires_grad_() for name, d in own.items()}
     reference.forget(first)
@@ -177,13 +195,14 @@ def gradient(reference, state, due, tokens, weights):
     )
 
 
-def test_the_engine_consolidates_what_reading_by_hand_does():
-    config = tiny_config(window=16)
+@pytest.mark.parametrize("config", [tiny_config(window=16), tiny_native(), tiny_mixed(window=16)])
+def test_the_engine_consolidates_what_reading_by_hand_does(config):
     checkpoint = random_checkpoint(config)
     model, tokens = Hope(config, checkpoint.weights), tokens_of(40)
     state = State()
-    for start in range(0, 40, 8):
-        state = read(model, state, tokens[start : start + 8])
+    while state.position < 40:
+        until = state.position + until_boundary(state.position, config)
+        state = read(model, state, tokens[state.position : until])
         while state.due:
             state, _ = consolidate(model, state)
 

@@ -9,16 +9,23 @@ import torch
 
 from hope_runtime.config import HopeConfig
 from hope_runtime.lanes import Lanes
+from hope_runtime.layers.memory import Memories
 from hope_runtime.model import Hope
 from hope_runtime.state import Piece, State, compact, extend, trim
-from hope_runtime.weights.random import random_checkpoint, tiny_config
+from hope_runtime.weights.random import random_checkpoint, tiny_config, tiny_mixed, tiny_native
 
 CONFIG = tiny_config(window=16, sinks=3)
+MIXED = tiny_mixed(window=16, sinks=3)
+
+
+@pytest.fixture(scope="module", params=[CONFIG, MIXED], ids=["attention", "both"])
+def model(request) -> Hope:
+    return Hope(request.param, random_checkpoint(request.param).weights)
 
 
 @pytest.fixture(scope="module")
-def model() -> Hope:
-    return Hope(CONFIG, random_checkpoint(CONFIG).weights)
+def native() -> Hope:
+    return Hope(tiny_native(), random_checkpoint(tiny_native()).weights)
 
 
 @torch.no_grad()
@@ -43,7 +50,7 @@ def read(model, lanes, lane, state, count, *, size=5):
             found.inputs[0],
         )
         state = trim(extend(state, piece, config), config)
-    return state
+    return replace(state, memories=lanes.memories(lane))
 
 
 def held(lanes, lane, state):
@@ -75,11 +82,56 @@ def test_a_loaded_lane_holds_what_reading_built_up(model, count):
     assert built.keys() == {*range(min(3, count)), *range(max(count - 16, 0), count)}
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 75])
+def test_a_loaded_memory_is_what_reading_built_up(native, count):
+    lanes = Lanes(native, 3)
+    state = read(native, lanes, 0, State(), count)
+    read(native, lanes, 1, State(), 9)
+
+    lanes.load(1, state)
+    lanes.load(2, State())
+
+    assert_same_memories(lanes.memories(1), lanes.memories(0))
+    assert all(not bool(tensor.any()) for tensor in lanes.memories(2))
+    more = [read(native, lanes, lane, state, 11) for lane in (0, 1)]  # the lane's own tokens
+    assert more[0].position == more[1].position
+    assert lanes.memories(0).live.any()
+
+
+def assert_same_memories(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_memories_are_moved_and_swapped_with_their_lanes(native):
+    lanes = Lanes(native, 3)
+    first, second, third = (
+        read(native, lanes, lane, State(), 5 + lane).memories for lane in range(3)
+    )
+
+    lanes.swap(0, 2)
+    lanes.move(2, 1)
+
+    assert_same_memories(lanes.memories(0), third)
+    assert_same_memories(lanes.memories(1), first)
+    assert_same_memories(lanes.memories(2), first)
+    assert not torch.equal(first.live, second.live)
+
+
+def test_what_a_lane_gave_does_not_change_when_the_lane_does(native):
+    lanes = Lanes(native, 1)
+    state = read(native, lanes, 0, State(), 5)
+    before = [tensor.clone() for tensor in state.memories]
+
+    read(native, lanes, 0, state, 5)
+
+    assert_same_memories(state.memories, before)
+
+
 def test_turns_stored_as_one_piece_load_the_same(model):
     lanes = Lanes(model, 2)
     state = read(model, lanes, 0, State(), 50)
-    state = compact(state, 0, CONFIG)
-    state = compact(read(model, lanes, 0, state, 13), 50, CONFIG)
+    state = compact(state, 0, model.config)
+    state = compact(read(model, lanes, 0, state, 13), 50, model.config)
     assert len(state.pieces) == 2
 
     lanes.load(1, state)
@@ -114,7 +166,8 @@ def test_numbers_that_are_not_finite_do_not_outlive_their_session(model):
     lanes = Lanes(model, 2)
     long = read(model, lanes, 0, State(), 60)
     bad = [replace(p, keys=p.keys * torch.nan, values=p.values * torch.nan) for p in long.pieces]
-    lanes.load(0, replace(long, pieces=tuple(bad)))
+    held = long.memories and Memories(*(t * torch.nan for t in long.memories))
+    lanes.load(0, replace(long, pieces=tuple(bad), memories=held))
     short = read(model, lanes, 1, State(), 6)
 
     lanes.load(0, short)
@@ -169,5 +222,12 @@ def test_lanes_of_one_batch_are_read_and_written_apart(model):
         start = start + 1
 
 
-def test_the_size_of_the_lanes_is_that_of_their_keys_and_values(model):
-    assert Lanes(model, 5).bytes == 5 * 2 * 4 * (CONFIG.blocks * CONFIG.key_heads * 19 * 8)
+def test_the_size_of_the_lanes_is_that_of_their_keys_and_values_and_memories(model, native):
+    def memories(config):
+        rings = (config.memory.taps - 1) * 2 * 2 * 16
+        return 5 * 4 * len(config.memory_blocks) * (2 * 2 * 16 * 16 + rings)
+
+    kv = 5 * 2 * 4 * (len(model.config.attention_blocks) * 2 * 19 * 8)
+    own = memories(model.config) if model.config.memory_blocks else 0
+    assert Lanes(model, 5).bytes == kv + own
+    assert Lanes(native, 5).bytes == memories(native.config)
