@@ -1,15 +1,16 @@
 """When levels learn: integers only, a function of the token stream alone.
 
-Chunk boundaries fall at absolute multiples of a level's chunk length, however the stream was
-split into calls. A chunk [start, end) is due when its last token has been read.
+Chunk boundaries fall at absolute multiples of a level's chunk length, moved by its offset,
+however the stream was split into calls. A chunk [start, end) is due when its last token has been
+read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from hope_runtime.config import HopeConfig
+from hope_runtime.config import HopeConfig, LevelConfig, Variant
 
 
 class Due(NamedTuple):
@@ -18,6 +19,21 @@ class Due(NamedTuple):
     level: str
     start: int
     end: int
+
+
+def begun(position: int, level: LevelConfig) -> int:
+    """Return where the chunk that a position lies in began; with an offset the first is shorter.
+
+    >>> level = LevelConfig("fast", 8, (0,), rate=0.1, retain=0.9, offset=3)
+    >>> [begun(p, level) for p in (0, 2, 3, 10, 11)]
+    [0, 0, 3, 3, 11]
+    """
+    return max(position - (position - level.offset) % level.chunk, 0)
+
+
+def _left(position: int, level: LevelConfig) -> int:
+    """Return how many tokens the chunk that a position lies in still lacks."""
+    return level.chunk - (position - level.offset) % level.chunk
 
 
 def until_boundary(position: int, config: HopeConfig) -> int | None:
@@ -32,40 +48,52 @@ def until_boundary(position: int, config: HopeConfig) -> int | None:
     >>> [until_boundary(p, tiny_native()) for p in (0, 6, 7, 8)]
     [7, 1, 1, 7]
     """
-    ends = [level.chunk - position % level.chunk for level in config.levels]
+    ends = [_left(position, level) for level in config.levels]
     if config.memory_blocks:
         ends += [end - 1 for end in ends if end > 1]
     return min(ends, default=None)
 
 
-def marked(position: int, due: Sequence[Due], config: HopeConfig) -> set[int]:
-    """Return the positions, up to this one, from which a chunk begun or due is to be read again."""
+def marked(
+    position: int,
+    due: Sequence[Due],
+    config: HopeConfig,
+    since: Mapping[str, int] | None = None,
+) -> set[int]:
+    """Return the positions, up to this one, from which a chunk begun or due is to be read again.
+
+    A chunk that began at or before a level's `since` is one that it will not learn.
+    """
     if not config.memory_blocks:
         return set()
-    chunks = [level.chunk for level in config.levels]
-    begun = [position - position % chunk - 1 for chunk in chunks]
-    begins = [position for chunk in chunks if (position + 1) % chunk == 0]  # with the next token
-    return {p for p in [*begun, *begins, *(d.start - 1 for d in due)] if p > 0}
+    starts = [d.start for d in due]
+    for level in config.levels:
+        ours = [begun(position, level)]
+        ours += [position + 1] if _left(position, level) == 1 else []
+        starts += [start for start in ours if start > (since or {}).get(level.name, -1)]
+    return {start - 1 for start in starts if start > 1}
 
 
 def completed(start: int, end: int, config: HopeConfig) -> list[Due]:
     """Return the chunks whose last token is in [start, end), in the order they are applied.
 
     At a shared boundary the slowest level goes first: what it learns is there before the
-    faster ones refine it.
+    faster ones refine it. Where levels are nested it goes last: the end of its chunk is the end
+    of theirs, and they begin again.
     """
     found = [
-        Due(level.name, last - level.chunk, last)
+        Due(level.name, max(last - level.chunk, 0), last)
         for level in config.levels
-        for last in range((start // level.chunk + 1) * level.chunk, end + 1, level.chunk)
+        for last in range(start + _left(start, level), end + 1, level.chunk)
     ]
-    chunk = {level.name: level.chunk for level in config.levels}
-    return sorted(found, key=lambda due: (due.end, -chunk[due.level]))
+    sign = 1 if config.variant is Variant.NESTED else -1
+    order = {level.name: sign * level.chunk for level in config.levels}
+    return sorted(found, key=lambda due: (due.end, order[due.level]))
 
 
 def horizon(position: int, due: Sequence[Due], config: HopeConfig) -> int:
     """Return the first position that attention or a pending chunk can still look at."""
-    begun = (position - position % level.chunk for level in config.levels)
-    pending = min([position, *begun, *(d.start for d in due)])
+    starts = (begun(position, level) for level in config.levels)
+    pending = min([position, *starts, *(d.start for d in due)])
     seen = config.window if config.attention_blocks else 0
     return pending - seen - 1  # a chunk's first target is predicted by the token before

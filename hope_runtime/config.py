@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
+
+from hope_runtime.ops.optimisers import RULES
 
 WINDOW = 1024  # tokens of attention where nothing else is said
 
@@ -31,6 +34,29 @@ class Form(StrEnum):
     TITANS = "titans"  # static projections, and momentum: `ops/titans.py`; for comparison
 
 
+class Variant(StrEnum):
+    """How the levels of the CMS relate, and what passes from one to another.
+
+    Whatever the variant, a slow level learns by backpropagation through the levels above it and
+    under the fast ones' deltas as they then are: its gradient is that of what a session says.
+
+    `SEQUENTIAL` (paper eq. 70, 73): the MLPs of a block are one chain. Every level starts at the
+    base, which training learns through them all, and none begins again.
+
+    `INDEPENDENT` (eq. 74): they lie beside each other, summed with learned shares.
+
+    `NESTED` (eq. 72): a chain in which each level lives inside the next slower one. At the end of
+    the slower one's chunk, after its own last step and the slower one's, a level begins again from
+    a start that the slower one hands down. That start is learned too, toward the argmin of
+    eq. 72 to first order (eq. 28; Reptile): `start <- start + start_rate * (delta - start)`,
+    `delta` where the level ended. It begins at the base.
+    """
+
+    SEQUENTIAL = "sequential"
+    INDEPENDENT = "independent"
+    NESTED = "nested"
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the value and the remedy."""
 
@@ -44,6 +70,11 @@ class LevelConfig:
     next-token loss over the chunk's learnable tokens (paper eq. 71 with f = gradient descent),
     its global norm clipped to `clip`, so that
     ||delta|| <= rate * clip / (1 - retain) * ||base|| for ever.
+
+    Another `optimiser` gets the clipped gradient and the same rate; what it answers is cut to
+    rate * clip * ||base||, the longest step of gradient descent, so that the bound holds for every
+    rule. Those that set their own scale (Adam, Muon, M3) always ask for more: rate * clip is the
+    length of their steps.
     """
 
     name: str
@@ -54,6 +85,11 @@ class LevelConfig:
     clip: float = 1.0
     bound: float = 0.05  # refuse a delta whose norm passes this share of the base weights' norm
     mlp: int = 0  # which MLP of each block: its place in the chain
+    offset: int = 0  # chunks end at offset + n * chunk: levels need not learn at the same token
+    optimiser: str = "gradient_descent"  # one of `ops.optimisers`, with its default settings
+    rank: int | None = None  # of each matrix's delta, kept as two thin factors; None: whole
+    gate: float = 0.0  # steps are scaled by min(1, surprise / usual surprise) ** gate
+    start_rate: float = 0.0  # how fast the start of a nested level is learned
 
     def __post_init__(self) -> None:
         if self.chunk < 2:
@@ -66,6 +102,44 @@ class LevelConfig:
             raise ConfigError(f"level {self.name!r}: retain {self.retain} must be in (0, 1]")
         if not self.clip > 0.0 or not self.bound > 0.0:
             raise ConfigError(f"level {self.name!r}: clip and bound must be positive")
+        if not 0 <= self.offset < self.chunk:
+            raise ConfigError(
+                f"level {self.name!r}: offset {self.offset} is not one of 0..{self.chunk - 1}"
+            )
+        if not self.gate >= 0.0:
+            raise ConfigError(f"level {self.name!r}: gate {self.gate} must not be negative")
+        if not 0.0 <= self.start_rate <= 1.0:
+            raise ConfigError(f"level {self.name!r}: start_rate {self.start_rate} is not in [0, 1]")
+        self._check_rule()
+
+    def _check_rule(self) -> None:
+        if self.optimiser not in RULES:
+            raise ConfigError(
+                f"level {self.name!r}: no optimiser {self.optimiser!r}; known: {', '.join(RULES)}"
+            )
+        if self.optimiser == "delta_gradient_descent":
+            raise ConfigError(
+                f"level {self.name!r}: delta_gradient_descent needs the inputs of every layer, "
+                "which a consolidation does not keep; choose another optimiser"
+            )
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"level {self.name!r}: rank {self.rank} must be at least 1, or None")
+        if self.rank is not None and self.optimiser != "gradient_descent":
+            raise ConfigError(
+                f"level {self.name!r}: the moments of {self.optimiser} would be as large as the "
+                "delta that rank makes small; choose gradient_descent, or no rank"
+            )
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> LevelConfig:
+        """Return the level whose fields were written as JSON."""
+        return cls(**{**fields, "blocks": tuple(fields["blocks"])})
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What a stored delta depends on beside its chunk and blocks, where it is not the rule."""
+        usual = {"offset": 0, "optimiser": "gradient_descent", "rank": None}
+        return {n: getattr(self, n) for n, value in usual.items() if getattr(self, n) != value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +257,8 @@ class HopeConfig:
     levels: tuple[LevelConfig, ...] = ()
     mixers: tuple[Mixer, ...] = ()  # one a block; none: all attention
     memory: MemoryConfig | None = None
-    chain: int = 1  # MLPs a block, applied one after the other
-    independent: bool = False  # or beside each other, summed with learned weights (eq. 74)
+    chain: int = 1  # MLPs a block
+    variant: Variant = Variant.SEQUENTIAL
 
     def __post_init__(self) -> None:
         attention = ("heads", "key_heads", "head_width") if self.attention_blocks else ()
@@ -225,6 +299,23 @@ class HopeConfig:
                 taken[block, level.mlp] = level.name
         if len({level.name for level in self.levels}) != len(self.levels):
             raise ConfigError("two levels have the same name")
+        self._check_nesting()
+
+    def _check_nesting(self) -> None:
+        ordered = sorted(self.levels, key=lambda level: level.chunk)
+        nested = self.variant is Variant.NESTED
+        for level in ordered if not nested else ordered[-1:]:
+            if level.start_rate:
+                raise ConfigError(
+                    f"level {level.name!r} has a start_rate, but lives in no slower level"
+                )
+        for fast, slow in pairwise(ordered if nested else ()):
+            apart = (slow.offset - fast.offset) % fast.chunk
+            if slow.chunk % fast.chunk or slow.chunk == fast.chunk or apart:
+                raise ConfigError(
+                    f"level {fast.name!r} cannot be nested in {slow.name!r}: every end of the "
+                    "slower one's chunks must be one of the faster one's, and not the reverse"
+                )
 
     @property
     def attention_blocks(self) -> Sequence[int]:
@@ -248,13 +339,22 @@ class HopeConfig:
         """Names what a stored session depends on beside the weights: levels and sinks.
 
         What concerns memories alone (the place in a chain, the memory's chunk and rule) is left
-        out where it is the default, so that the names of sessions without memories stay.
+        out where it is the default, as is what levels may have besides, so that the names of
+        sessions without any of it stay.
         """
         kept: list[Any] = [
-            [level.name, level.chunk, level.blocks, *([level.mlp] if level.mlp else [])]
+            [
+                level.name,
+                level.chunk,
+                level.blocks,
+                *([level.mlp] if level.mlp else []),
+                *([level.kind] if level.kind else []),
+            ]
             for level in self.levels
         ]
         parts = [kept, self.sinks]
+        if self.variant is Variant.NESTED:
+            parts.append(self.variant)
         if self.memory_blocks and self.memory is not None:
             parts.append(asdict(self.memory))
         return sha256(json.dumps(parts).encode()).hexdigest()[:8]
@@ -310,10 +410,10 @@ class HopeConfig:
         """
         try:
             made = dict(fields)
-            made["levels"] = tuple(
-                LevelConfig(**{**level, "blocks": tuple(level["blocks"])})
-                for level in made.get("levels", ())
-            )
+            made["levels"] = tuple(map(LevelConfig.from_json, made.get("levels", ())))
+            if made.pop("independent", False):  # what `variant` was called at first
+                made["variant"] = Variant.INDEPENDENT
+            made["variant"] = Variant(made.get("variant", Variant.SEQUENTIAL))
             made["mixers"] = tuple(Mixer(mixer) for mixer in made.get("mixers", ()))
             if scaling := made.get("rotary_scaling"):
                 made["rotary_scaling"] = RotaryScaling(**scaling)

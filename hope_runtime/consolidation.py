@@ -2,14 +2,15 @@
 
 `delta <- retain * delta - rate * ||base|| * clip(g)`, g the true gradient of the chunk's
 next-token loss with respect to the level's weights, under the weights and the attention window
-that the tokens were read with. A pure function of the state; whatever is refused leaves the level
-as it was.
+that the tokens were read with; or the step of another optimiser in the gradient's place. A delta
+of low rank is the nearest of its rank to what it would have become. A pure function of the state;
+whatever is refused leaves the level as it was.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -18,13 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope_runtime.cadence import Due
-from hope_runtime.config import LevelConfig
+from hope_runtime.config import HopeConfig, LevelConfig, Variant
 from hope_runtime.layers import attention
 from hope_runtime.layers.attention import Past
 from hope_runtime.layers.cms import Deltas
 from hope_runtime.layers.memory import Memories
+from hope_runtime.levels import LevelState, level_of, matrices
 from hope_runtime.model import Hope
-from hope_runtime.state import LevelState, Piece, State, between, join, level_shapes, trim
+from hope_runtime.ops import low_rank, optimisers
+from hope_runtime.ops.optimisers import OptimiserState
+from hope_runtime.state import Piece, State, between, join, trim
+
+USUAL = 10  # consolidations that a level's usual surprise is the mean of, roughly
 
 
 class Outcome(StrEnum):
@@ -48,43 +54,134 @@ class Consolidated:
 
 
 def learnable(state: State, due: Due) -> bool:
-    """Tell whether the chunk holds a token that counts: otherwise there is nothing to do."""
+    """Tell whether the chunk was seen whole by its level and holds a token that counts."""
+    if due.start <= state.levels.get(due.level, LevelState()).since:
+        return False
     parts = between(state.pieces, max(due.start, 1), due.end)
     return any(bool((part.weights > 0).any()) for part in parts)
 
 
 def consolidate(model: Hope, state: State) -> tuple[State, Consolidated]:
     """Apply the first due chunk and return the state without it, and what happened."""
-    due = state.due[0]
-    level = next(each for each in model.config.levels if each.name == due.level)
+    due, config = state.due[0], state.under(model.config)
+    level = level_of(config, due.level)
     before = state.levels.get(level.name, LevelState())
-    delta = before.delta or _zeros(model, level)  # at rest in host memory, like the state
-    loss, tokens, gradient = _gradient(model, state, due, delta)
+    delta = _whole(before.delta, config, level)  # at rest in host memory, like the state
+    loss, tokens, gradient = _gradient(model, state, due, level, delta)
     base = _base_norm(model, level)
     size = _norm(gradient.values())
-    scale = level.rate * base * min(1.0, level.clip / max(size, 1e-12))
-    after: Deltas = {name: level.retain * d - scale * gradient[name] for name, d in delta.items()}
-    movement = _norm(after.values()) / base
+    gate = 1.0
+    if level.gate and before.usual is not None and loss < before.usual:
+        gate = (loss / before.usual) ** level.gate
+    longest = gate * level.rate * base
+    update, moments = _update(level, gradient, size, delta, before.moments, longest)
+    moved = {name: level.retain * d + update[name] for name, d in delta.items()}
+    movement = _norm(moved.values()) / base
     if not (math.isfinite(loss) and math.isfinite(size) and movement <= level.bound):
-        outcome, after, movement, step = Outcome.REJECTED, before.delta, before.movement, 0.0
+        outcome, step = Outcome.REJECTED, 0.0
+        after = replace(before, loss=loss if math.isfinite(loss) else None)
     else:
         outcome = Outcome.CLIPPED if size > level.clip else Outcome.APPLIED
-        step = _norm(after[name] - d for name, d in delta.items()) / base
-    moved = LevelState(
-        delta=after,
-        updates=before.updates + (outcome is not Outcome.REJECTED),
-        position=due.end,
-        loss=loss if math.isfinite(loss) else None,
-        outcome=str(outcome),
-        movement=movement,
+        kept, moved = _kept(moved, level)
+        step = _norm(moved[name] - d for name, d in delta.items()) / base
+        after = replace(
+            before,
+            delta=kept,
+            updates=before.updates + 1,
+            loss=loss,
+            movement=_norm(moved.values()) / base if level.rank else movement,
+            moments=moments,
+            usual=_usual(before.usual, loss) if level.gate else None,
+        )
+    after = replace(after, position=due.end, outcome=str(outcome))
+    levels = {**state.levels, level.name: after}
+    if config.variant is Variant.NESTED:
+        levels |= _begin_again(model, config, level, levels)
+    report = Consolidated(
+        level.name, due.start, due.end, outcome, loss, tokens, step, after.movement
     )
-    done = replace(state, due=state.due[1:], levels={**state.levels, level.name: moved})
-    report = Consolidated(level.name, due.start, due.end, outcome, loss, tokens, step, movement)
-    return trim(done, model.config), report
+    return trim(replace(state, due=state.due[1:], levels=levels), model.config), report
+
+
+def _update(
+    level: LevelConfig,
+    gradient: dict[str, Tensor],
+    size: float,
+    delta: dict[str, Tensor],
+    moments: OptimiserState | None,
+    longest: float,
+) -> tuple[dict[str, Tensor], OptimiserState | None]:
+    """Return what is to be added, and what the level's rule remembers.
+
+    The gradient is clipped by clipping the rate of a rule that is linear in it, and by itself
+    for one that is not. `longest` is the step for a gradient of length one.
+    """
+    clipped = min(1.0, level.clip / max(size, 1e-12))
+    if level.optimiser == "gradient_descent":
+        return {name: -(longest * clipped) * g for name, g in gradient.items()}, None
+    rule = optimisers.named(level.optimiser)
+    short = {name: clipped * g for name, g in gradient.items()}
+    update, moments = rule.update(short, moments or rule.init(delta), delta, rate=longest)
+    share = min(1.0, longest * level.clip / max(_norm(update.values()), 1e-30))
+    return {name: share * u for name, u in update.items()}, moments
+
+
+def _usual(usual: float | None, loss: float) -> float:
+    """Return the running mean of a level's losses."""
+    return loss if usual is None else usual + (loss - usual) / USUAL
+
+
+def _begin_again(
+    model: Hope, config: HopeConfig, outer: LevelConfig, levels: Mapping[str, LevelState]
+) -> dict[str, LevelState]:
+    """Return the level that lives in `outer`, at the end of its context (paper eq. 72).
+
+    Its start moves toward where it ended, then it goes back there.
+    """
+    inside = [each for each in config.levels if each.chunk < outer.chunk]
+    inner = max(inside, key=lambda each: each.chunk, default=None)
+    ended = levels.get(inner.name) if inner else None
+    if inner is None or ended is None or not ended.delta:
+        return {}
+    start: Deltas = {}
+    movement = 0.0
+    if inner.start_rate:
+        first = _whole(ended.start, config, inner)
+        last = _whole(ended.delta, config, inner)
+        nearer = {name: f.lerp(last[name], inner.start_rate) for name, f in first.items()}
+        start, nearer = _kept(nearer, inner)
+        movement = _norm(nearer.values()) / _base_norm(model, inner)
+    again = replace(ended, delta=dict(start), start=start, moments=None, movement=movement)
+    return {inner.name: again}
+
+
+def _whole(delta: Deltas, config: HopeConfig, level: LevelConfig) -> dict[str, Tensor]:
+    """Return a level's delta as matrices, zero where it is at the base."""
+    shapes = matrices(config, level)
+    if not delta:
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if level.rank is None:
+        return dict(delta)
+    return {name: delta[f"{name}.left"] @ delta[f"{name}.right"] for name in shapes}
+
+
+def _kept(
+    whole: dict[str, Tensor], level: LevelConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a delta as it is kept, and the matrices that this stands for."""
+    if level.rank is None:
+        return whole, whole
+    kept: dict[str, Tensor] = {}
+    near: dict[str, Tensor] = {}
+    for name, matrix in whole.items():
+        left, right = low_rank.truncated(matrix, min(level.rank, *matrix.shape))
+        kept |= {f"{name}.left": left, f"{name}.right": right}
+        near[name] = left @ right
+    return kept, near
 
 
 def _gradient(
-    model: Hope, state: State, due: Due, delta: Deltas
+    model: Hope, state: State, due: Due, level: LevelConfig, delta: Deltas
 ) -> tuple[float, int, dict[str, Tensor]]:
     """Return the loss per learnable token, their number, and the gradient of the mean over C.
 
@@ -99,7 +196,12 @@ def _gradient(
     weights = chunk.weights[1:].to(model.device)
     counted = weights > 0
     own = {name: d.detach().to(model.device).requires_grad_() for name, d in delta.items()}
-    others = {n: d.to(model.device, model.dtype) for n, d in state.deltas.items() if n not in own}
+    others = {
+        n: d.to(model.device, model.dtype)
+        for name, other in state.levels.items()
+        if name != level.name
+        for n, d in other.delta.items()
+    }
     with torch.enable_grad():
         deltas = others | {name: d.to(model.dtype) for name, d in own.items()}
         read = model.run(
@@ -111,7 +213,7 @@ def _gradient(
         )
         logits = model.logits(read.hidden[0, counted])
         losses = F.cross_entropy(logits, targets[counted], reduction="none")
-        loss = (losses * weights[counted]).sum() / (due.end - due.start)
+        loss = (losses * weights[counted]).sum() / level.chunk
         gradients = torch.autograd.grad(loss, list(own.values()))
     mean = float(losses.detach().mean())
     found = {name: g.cpu() for name, g in zip(own, gradients, strict=True)}
@@ -148,11 +250,6 @@ def _memories(model: Hope, state: State, at: int) -> Memories | None:
         return model.nothing(1, model.config.first_level_block).memories
     mark = next(mark for mark in state.marks if mark.position == at)
     return Memories(*(t.to(model.device) for t in mark.memories.expand(1)))
-
-
-def _zeros(model: Hope, level: LevelConfig) -> dict[str, Tensor]:
-    shapes = level_shapes(model.config, level.name)
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

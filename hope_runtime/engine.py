@@ -338,7 +338,8 @@ class Engine:
             if config.attention_blocks:
                 limit = min(limit, config.window)
             if seat.turn.learn or config.memory_blocks:
-                limit = min(limit, until_boundary(seat.state.position, config) or limit)
+                levels = seat.state.under(config)
+                limit = min(limit, until_boundary(seat.state.position, levels) or limit)
             parts.append([seat.unread.popleft() for _ in range(limit)])
         return parts
 
@@ -409,7 +410,8 @@ class Engine:
 
     def _extend(self, row: int, read: Read, b: int, part: list[tuple[int, float]]) -> None:
         """Add what row `b` of a pass read to a seat's state, and the chunks that it completed."""
-        config, seat = self._model.config, self._seats[row]
+        seat = self._seats[row]
+        config = seat.state.under(self._model.config)
         start, n = seat.state.position, len(part)
         piece = Piece(
             start,

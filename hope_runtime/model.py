@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_runtime.config import ConfigError, Form, HopeConfig
+from hope_runtime.config import ConfigError, Form, HopeConfig, Variant
 from hope_runtime.layers import attention, cms, memory
 from hope_runtime.layers.attention import Past, widened
 from hope_runtime.layers.cms import Deltas
@@ -133,7 +133,9 @@ class Hope:
         return Block(
             mixer=mixer,
             mlps=tuple(self._mlp(cms.mlp_name(i, place)) for place in range(config.chain)),
-            shares=self._take(name + "mlp_shares") if config.independent else None,
+            shares=(
+                self._take(name + "mlp_shares") if config.variant is Variant.INDEPENDENT else None
+            ),
         )
 
     def _attention(self, name: str) -> AttentionLayer:
@@ -249,7 +251,7 @@ class Hope:
         return memory.mix(h, layer, held, phase, lengths, rule, unroll=self._unroll)
 
     def _think(self, x: Tensor, block: Block, deltas: Sequence[Deltas]) -> Tensor:
-        """Pass tokens through the block's MLPs: a chain (eq. 70, 73), or a sum (eq. 74)."""
+        """Pass tokens through the block's MLPs: a chain (eq. 70, 72, 73), or a sum (eq. 74)."""
         total = x
         for place, mlp in enumerate(block.mlps):
             h = norm(x, mlp.norm, self.config.norm_eps)

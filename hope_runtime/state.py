@@ -12,25 +12,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import dropwhile, islice, pairwise, takewhile
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hope_runtime.blobs import StateError, read, take
 from hope_runtime.cadence import Due, horizon, marked
-from hope_runtime.config import HopeConfig
+from hope_runtime.config import HopeConfig, LevelConfig
 from hope_runtime.layers import memory
-from hope_runtime.layers.cms import Deltas, mlp_name
+from hope_runtime.layers.cms import Deltas
 from hope_runtime.layers.memory import Memories
-
-
-class StateError(ValueError):
-    """A stored state that does not fit the model; the message names the tensor."""
+from hope_runtime.levels import LevelState, facts_of, restored
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +66,6 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class LevelState:
-    """One level of a session's slow memory, and the facts of its last consolidation."""
-
-    delta: Deltas = field(default_factory=dict)  # float32, by tensor name; empty: never moved
-    updates: int = 0
-    position: int | None = None  # end of the last chunk that was consolidated
-    loss: float | None = None  # nats per learnable token of that chunk, before the update
-    outcome: str | None = None
-    movement: float = 0.0  # ||delta|| / ||base||
-
-
-@dataclass(frozen=True, slots=True)
 class State:
     """A session between two tokens."""
 
@@ -93,6 +77,14 @@ class State:
     levels: Mapping[str, LevelState] = field(default_factory=dict)
     memories: Memories | None = None  # of the memory blocks, [blocks, ...]; None: nothing read
     marks: tuple[Mark, ...] = ()  # where chunks that are begun or due start, in order
+    own: tuple[LevelConfig, ...] | None = None  # the session's levels; None: the model's
+
+    def under(self, config: HopeConfig) -> HopeConfig:
+        """Return the model's configuration with this session's levels.
+
+        Which block learns first stays the model's, since what enters it is what is kept of tokens.
+        """
+        return config if self.own is None else replace(config, levels=self.own)
 
     @property
     def deltas(self) -> Deltas:
@@ -102,12 +94,13 @@ class State:
     @property
     def bytes(self) -> int:
         pieces = [*self.pieces, self.sinks] if self.sinks else self.pieces
-        held = [*self.deltas.values()]
+        held: list[Tensor] = []
         for piece in pieces:
             held += [piece.keys, piece.values, piece.inputs, piece.tokens, piece.weights]
         for memories in [self.memories, *(mark.memories for mark in self.marks)]:
             held += memories or []
-        return sum(int(tensor.nbytes) for tensor in held)
+        levels = sum(level.bytes for level in self.levels.values())
+        return levels + sum(int(tensor.nbytes) for tensor in held)
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
@@ -142,6 +135,7 @@ def extend(state: State, piece: Piece, config: HopeConfig) -> State:
 
 def trim(state: State, config: HopeConfig) -> State:
     """Drop the pieces that neither the window nor a pending chunk can reach, and idle marks."""
+    config = state.under(config)
     oldest = horizon(state.position, state.due, config)
     pieces = dropwhile(lambda piece: piece.end <= oldest, state.pieces)  # they lie in order
     needed = marked(state.position, state.due, config)
@@ -151,7 +145,7 @@ def trim(state: State, config: HopeConfig) -> State:
 
 def compact(state: State, since: int, config: HopeConfig) -> State:
     """Join the pieces read since position `since` into one: a turn is stored as one piece."""
-    oldest = horizon(state.position, state.due, config)
+    oldest = horizon(state.position, state.due, state.under(config))
     old = tuple(p for p in state.pieces if p.start < since)
     new = between([p for p in state.pieces if p.start >= since], oldest, state.position)
     return replace(state, pieces=(*old, join(new)) if new else old)
@@ -193,8 +187,8 @@ def dump(state: State, stored: State | None) -> tuple[dict[str, Any], dict[str, 
     for piece in state.pieces:
         place(piece_name(piece.start, piece.end), piece, _tensors(piece))
     for name, level in state.levels.items():
-        if level.delta:
-            place(f"level/{name}", level.delta, level.delta)
+        if tensors := level.tensors:  # start and moments change with the delta only
+            place(f"level/{name}", level.delta, tensors)
     if state.memories is not None:
         place("memory", state.memories, state.memories._asdict())
     for mark in state.marks:
@@ -206,17 +200,10 @@ def dump(state: State, stored: State | None) -> tuple[dict[str, Any], dict[str, 
         "carry": [list(item) for item in state.carry],
         "due": [[d.level, d.start, d.end] for d in state.due],
         "marks": [mark.position for mark in state.marks],
-        "levels": {
-            name: {
-                "updates": level.updates,
-                "position": level.position,
-                "loss": level.loss,
-                "outcome": level.outcome,
-                "movement": level.movement,
-            }
-            for name, level in state.levels.items()
-        },
+        "levels": {name: facts_of(level) for name, level in state.levels.items()},
     }
+    if state.own is not None:
+        facts["own"] = [asdict(level) for level in state.own]
     return facts, put, keep
 
 
@@ -234,10 +221,13 @@ def restore(
     ends = [*(int(start) for start in facts["pieces"]), position]
     if position and len(ends) == 1:
         raise StateError(f"a session at position {position} has no window")
+    own = _own(facts["own"], config) if "own" in facts else None
+    ours = config if own is None else replace(config, levels=own)
     first = min(position, config.sinks)
     due = tuple(Due(str(name), int(start), int(end)) for name, start, end in facts["due"])
     marks = [int(at) for at in facts.get("marks", ())]
-    if missing := marked(position, due, config).difference(marks):
+    since = {name: int(kept.get("since", -1)) for name, kept in facts["levels"].items()}
+    if missing := marked(position, due, ours, since).difference(marks):
         raise StateError(f"a session at position {position} has no {mark_name(min(missing))!r}")
     remembering = bool(config.memory_blocks) and position > 0
     learning = sum(i >= config.first_level_block for i in config.memory_blocks)
@@ -251,8 +241,7 @@ def restore(
         carry=tuple((int(token), float(weight)) for token, weight in facts["carry"]),
         due=due,
         levels={
-            name: LevelState(delta=_delta(name, blobs, config, moved=kept["updates"] > 0), **kept)
-            for name, kept in facts["levels"].items()
+            name: restored(name, blobs, ours, **kept) for name, kept in facts["levels"].items()
         },
         memories=(
             _memories("memory", blobs, len(config.memory_blocks), config, dtype)
@@ -262,7 +251,18 @@ def restore(
         marks=tuple(
             Mark(at, _memories(mark_name(at), blobs, learning, config, dtype)) for at in marks
         ),
+        own=own,
     )
+
+
+def _own(levels: Sequence[Mapping[str, Any]], config: HopeConfig) -> tuple[LevelConfig, ...]:
+    """Return the levels that a session has in place of the model's."""
+    try:
+        own = tuple(map(LevelConfig.from_json, levels))
+        replace(config, levels=own)
+    except (TypeError, KeyError, ValueError) as error:
+        raise StateError(f"the session's own levels do not suit the model: {error}") from error
+    return own
 
 
 def _tensors(piece: Piece) -> dict[str, Tensor]:
@@ -276,26 +276,6 @@ def _tensors(piece: Piece) -> dict[str, Tensor]:
     }
 
 
-def _load(name: str, blobs: Mapping[str, bytes]) -> dict[str, Tensor]:
-    if name not in blobs:
-        raise StateError(f"blob {name!r} is missing")
-    try:
-        return load_tensors(blobs[name])
-    except SafetensorError as error:
-        raise StateError(f"blob {name!r} is not safetensors: {error}") from error
-
-
-def _take(name: str, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor of a blob, once it is known to be there, of its shape, and finite."""
-    tensor = tensors.get(key)
-    if tensor is None or tuple(tensor.shape) != shape:
-        found = "nothing" if tensor is None else tuple(tensor.shape)
-        raise StateError(f"blob {name!r}: {key} should be {shape}, found {found}")
-    if not bool(tensor.isfinite().all()):
-        raise StateError(f"blob {name!r}: {key} is not finite")
-    return tensor
-
-
 def _piece(
     name: str,
     blobs: Mapping[str, bytes],
@@ -305,22 +285,22 @@ def _piece(
     dtype: torch.dtype,
 ) -> Piece:
     """Return the piece that holds positions [start, end)."""
-    tensors = _load(name, blobs)
+    tensors = read(name, blobs)
     n = end - start
     kv = (len(config.attention_blocks), config.key_heads, n, config.head_width)
-    if int(_take(name, tensors, "start", (1,))) != start:
+    if int(take(name, tensors, "start", (1,))) != start:
         raise StateError(f"blob {name!r} does not start at {start}")
-    tokens = _take(name, tensors, "tokens", (n,)).to(torch.int64)
+    tokens = take(name, tensors, "tokens", (n,)).to(torch.int64)
     if bool(((tokens < 0) | (tokens >= config.vocabulary)).any()):
         raise StateError(f"blob {name!r}: tokens are not all of the vocabulary")
     return Piece(
         start=start,
         tokens=tokens,
-        weights=_take(name, tensors, "weights", (n,)).float(),
+        weights=take(name, tensors, "weights", (n,)).float(),
         # a server in another precision reads the same session, in its own
-        keys=_take(name, tensors, "keys", kv).to(dtype),
-        values=_take(name, tensors, "values", kv).to(dtype),
-        inputs=_take(name, tensors, "inputs", (n, config.width)).to(dtype),
+        keys=take(name, tensors, "keys", kv).to(dtype),
+        values=take(name, tensors, "values", kv).to(dtype),
+        inputs=take(name, tensors, "inputs", (n, config.width)).to(dtype),
     )
 
 
@@ -330,34 +310,11 @@ def _memories(
     """Return what `blocks` memory blocks held."""
     if config.memory is None:
         raise StateError(f"blob {name!r}: the model has no memories")
-    tensors = _load(name, blobs)
+    tensors = read(name, blobs)
     empty = memory.empty(config.memory, blocks, torch.empty(0, dtype=dtype))
     return Memories(
         *(
-            _take(name, tensors, key, tuple(like.shape)).to(like.dtype)
+            take(name, tensors, key, tuple(like.shape)).to(like.dtype)
             for key, like in empty._asdict().items()
         )
     )
-
-
-def _delta(level: str, blobs: Mapping[str, bytes], config: HopeConfig, *, moved: bool) -> Deltas:
-    known = sorted(each.name for each in config.levels)
-    if level not in known:
-        raise StateError(f"the model has no level {level!r}; it has {known}")
-    if not moved:
-        return {}
-    name = f"level/{level}"
-    tensors = _load(name, blobs)
-    shapes = level_shapes(config, level)
-    return {key: _take(name, tensors, key, shape).float() for key, shape in shapes.items()}
-
-
-def level_shapes(config: HopeConfig, level: str) -> dict[str, tuple[int, int]]:
-    """Return the tensors of a level's delta by name."""
-    found = next(each for each in config.levels if each.name == level)
-    shapes: dict[str, tuple[int, int]] = {}
-    for i in found.blocks:
-        name = mlp_name(i, found.mlp)
-        shapes[f"{name}.gate_up"] = (2 * config.hidden, config.width)
-        shapes[f"{name}.down"] = (config.width, config.hidden)
-    return shapes

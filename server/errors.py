@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hope_runtime.blobs import StateError
 from hope_runtime.engine import NotFinite
-from hope_runtime.state import StateError
 from hope_runtime.tokenizer import ChatError
 from memory_store import errors as store
 from server.wire import ErrorDetail

@@ -268,9 +268,8 @@ class Metrics:
         self.store_bytes.labels("out").inc(written)
         window = state.bytes
         for name, level in state.levels.items():
-            size = sum(delta.nbytes for delta in level.delta.values())
-            self.state_bytes.labels(name).observe(size)
-            window -= size
+            self.state_bytes.labels(name).observe(level.bytes)
+            window -= level.bytes
         self.state_bytes.labels("window").observe(window)
 
     def _memory(self, config: HopeConfig) -> None:

@@ -1,7 +1,8 @@
 """The Continuum Memory System: MLPs whose weights are `base + delta[session]` (paper eq. 70).
 
 Base weights are shared by the batch and never change; a session that never consolidated has no
-delta and costs nothing.
+delta and costs nothing. A delta is a matrix `name`, or two thin ones, `name.left` [out, rank] and
+`name.right` [rank, in], whose product it is and which are never multiplied out.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ def mlp_name(block: int, place: int) -> str:
     return f"blocks.{block}.mlps.{place}" if place else f"blocks.{block}"
 
 
-def linear(x: Tensor, weight: Tensor, own: Sequence[Tensor | None]) -> Tensor:
-    """Return x (W + delta_b)^T: one shared product, and one more per session that has learned.
+def linear(x: Tensor, weight: Tensor, name: str, deltas: Sequence[Deltas]) -> Tensor:
+    """Return x (W + delta_b)^T: one shared product, and one or two more per session with a delta.
 
     Args:
         x: [B, T, in].
         weight: [out, in], shared.
-        own: for each session its delta [out, in], or None.
+        name: what the deltas of this matrix are called.
+        deltas: each session's own, of all matrices.
 
     Returns:
         [B, T, out]; for a session without delta the very bits of the shared product.
     """
     y = F.linear(x, weight)
-    for row, delta in enumerate(own):
-        if delta is not None:
-            y[row] += F.linear(x[row], delta)
+    for row, own in enumerate(deltas):
+        if (whole := own.get(name)) is not None:
+            y[row] += F.linear(x[row], whole)
+        elif (left := own.get(f"{name}.left")) is not None:
+            y[row] += F.linear(F.linear(x[row], own[f"{name}.right"]), left)
     return y
 
 
@@ -49,6 +53,5 @@ def gated_mlp(
     `gate_up` is [2 * hidden, width] (gate above up), `down` [width, hidden]; the deltas of
     session b are `deltas[b][name + ".gate_up"]` and `deltas[b][name + ".down"]`.
     """
-    both = linear(x, gate_up, [own.get(f"{name}.gate_up") for own in deltas])
-    gate, up = both.chunk(2, -1)
-    return linear(F.silu(gate) * up, down, [own.get(f"{name}.down") for own in deltas])
+    gate, up = linear(x, gate_up, f"{name}.gate_up", deltas).chunk(2, -1)
+    return linear(F.silu(gate) * up, down, f"{name}.down", deltas)

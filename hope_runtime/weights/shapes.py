@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hope_runtime.config import HopeConfig
+from hope_runtime.config import HopeConfig, Variant
 from hope_runtime.layers import memory
 from hope_runtime.weights.checkpoint import CheckpointError
 
@@ -35,7 +35,7 @@ def _block(config: HopeConfig, block: int) -> Iterator[tuple[str, Shape]]:
         yield f"{chained}gate", (config.hidden, config.width)
         yield f"{chained}up", (config.hidden, config.width)
         yield f"{chained}down", (config.width, config.hidden)
-    if config.independent:
+    if config.variant is Variant.INDEPENDENT:
         yield "mlp_shares", (config.chain,)
 
 

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from hope_runtime.config import HopeConfig, Rule
+from hope_runtime.config import HopeConfig, Rule, Variant
 from hope_runtime.layers.attention import frequencies
 from hope_runtime.weights.default import SMOLLM2, default_cache
 from hope_runtime.weights.random import CHATML, SPECIAL
@@ -196,7 +196,7 @@ class Plain:
 
     def _think(self, i: int, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
         names = [f"blocks.{i}", *(f"blocks.{i}.mlps.{n}" for n in range(1, self.config.chain))]
-        if self.config.independent:
+        if self.config.variant is Variant.INDEPENDENT:
             shares = self.weights[f"blocks.{i}.mlp_shares"]
             return x + sum(s * self._mlp(n, x, deltas) for s, n in zip(shares, names, strict=True))
         for name in names:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hope_runtime.config import HopeConfig, MemoryConfig, Mixer, Rule
+from hope_runtime.config import HopeConfig, MemoryConfig, Mixer, Rule, Variant
 from hope_runtime.engine import Consolidation, Engine, Turn
 from hope_runtime.lanes import Lanes
 from hope_runtime.layers.cms import mlp_name
@@ -39,7 +39,7 @@ NATIVE = {
     "native": tiny_native(),
     "one head, one MLP a block": tiny_native(chain=1, levels=(), memory=remembering(1, 32)),
     "three heads, three MLPs": tiny_native(chain=3, memory=remembering(3, 8)),
-    "MLPs beside each other": tiny_native(chain=3, independent=True),
+    "MLPs beside each other": tiny_native(chain=3, variant=Variant.INDEPENDENT),
     "token by token": tiny_native(memory=remembering(chunk=1)),
     "chunks of 32": tiny_native(memory=remembering(chunk=32)),
     "adaptive queries, one tap": tiny_native(memory=remembering(adaptive_query=True, taps=1)),
@@ -55,7 +55,7 @@ MIXED = {
         mixers=(Mixer.MEMORY, Mixer.ATTENTION) * 2,
         memory=remembering(3, 8, chunk=32),
         chain=2,
-        independent=True,
+        variant=Variant.INDEPENDENT,
     ),
 }
 CONFIGS = NATIVE | MIXED

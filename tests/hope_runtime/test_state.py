@@ -13,23 +13,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from hope_runtime.blobs import StateError
 from hope_runtime.cadence import completed, horizon, marked
 from hope_runtime.config import MemoryConfig
 from hope_runtime.consolidation import learnable
 from hope_runtime.layers import memory
 from hope_runtime.layers.memory import Memories
+from hope_runtime.levels import LevelState, level_shapes
 from hope_runtime.state import (
-    LevelState,
     Mark,
     Piece,
     State,
-    StateError,
     between,
     compact,
     dump,
     extend,
     join,
-    level_shapes,
     restore,
     trim,
 )

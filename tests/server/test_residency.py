@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from hope_runtime.blobs import StateError
 from hope_runtime.engine import Engine, Turn
 from hope_runtime.report import Finished
 from hope_runtime.sampling import Sampling
-from hope_runtime.state import State, StateError
+from hope_runtime.state import State
 from hope_runtime.tokenizer import Message, Role
 from memory_store import Incompatible, LocalStore, SessionKey
 from server.residency import Book, Residency, known_prefix

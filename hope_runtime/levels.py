@@ -1,0 +1,138 @@
+"""One level of a session: what it holds, by which names, and how that is kept at rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope_runtime import blobs
+from hope_runtime.blobs import StateError
+from hope_runtime.config import HopeConfig, LevelConfig
+from hope_runtime.layers.cms import Deltas, mlp_name
+from hope_runtime.ops import optimisers
+from hope_runtime.ops.optimisers import OptimiserState
+
+
+@dataclass(frozen=True, slots=True)
+class LevelState:
+    """One level of a session's slow memory, and the facts of its last consolidation."""
+
+    delta: Deltas = field(default_factory=dict)  # float32, by tensor name; empty: at the base
+    updates: int = 0
+    position: int | None = None  # end of the last chunk that was consolidated
+    loss: float | None = None  # nats per learnable token of that chunk, before the update
+    outcome: str | None = None
+    movement: float = 0.0  # ||delta|| / ||base||
+    start: Deltas = field(default_factory=dict)  # what a nested level begins again from
+    moments: OptimiserState | None = None  # of rules that remember; None: at their own start
+    usual: float | None = None  # the running mean of `loss`, where a gate looks at it
+    since: int = -1  # chunks that begin at or before it were not seen whole and are not learned
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a level holds, by name: its delta's tensors, then `start/...`, `moments/...`."""
+        held = {**self.delta, **{f"start/{name}": t for name, t in self.start.items()}}
+        if self.moments is not None:
+            flat = optimisers.flatten(self.moments)
+            held |= {f"moments/{name}": t for name, t in flat.items()}
+        return held
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(tensor.nbytes) for tensor in self.tensors.values())
+
+
+def level_of(config: HopeConfig, name: str) -> LevelConfig:
+    """Return the level of that name."""
+    return next(each for each in config.levels if each.name == name)
+
+
+def matrices(config: HopeConfig, level: LevelConfig) -> dict[str, tuple[int, int]]:
+    """Return the weights that a level learns, by the names of their deltas."""
+    found: dict[str, tuple[int, int]] = {}
+    for i in level.blocks:
+        name = mlp_name(i, level.mlp)
+        found[f"{name}.gate_up"] = (2 * config.hidden, config.width)
+        found[f"{name}.down"] = (config.width, config.hidden)
+    return found
+
+
+def level_shapes(config: HopeConfig, level: str) -> dict[str, tuple[int, int]]:
+    """Return the tensors of a level's delta by name: matrices, or two factors for each."""
+    found = level_of(config, level)
+    whole = matrices(config, found)
+    if found.rank is None:
+        return whole
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, (out, into) in whole.items():
+        rank = min(found.rank, out, into)
+        shapes[f"{name}.left"] = (out, rank)
+        shapes[f"{name}.right"] = (rank, into)
+    return shapes
+
+
+# --- at rest ----------------------------------------------------------------------------------
+
+
+def facts_of(level: LevelState) -> dict[str, Any]:
+    """Return a level without its tensors; what few levels have is there only where it is."""
+    facts: dict[str, Any] = {
+        "updates": level.updates,
+        "position": level.position,
+        "loss": level.loss,
+        "outcome": level.outcome,
+        "movement": level.movement,
+    }
+    parts = {"delta": level.delta, "start": level.start, "moments": level.moments}
+    if (held := [name for name, part in parts.items() if part]) != _usual_parts(level.updates):
+        facts["parts"] = held
+    if level.usual is not None:
+        facts["usual"] = level.usual
+    if level.since >= 0:
+        facts["since"] = level.since
+    return facts
+
+
+def _usual_parts(updates: int) -> list[str]:
+    return ["delta"] if updates else []
+
+
+def restored(
+    name: str,
+    stored: Mapping[str, bytes],
+    config: HopeConfig,
+    parts: Sequence[str] | None = None,
+    **kept: Any,
+) -> LevelState:
+    """Return a level from its facts and its blob."""
+    known = sorted(each.name for each in config.levels)
+    if name not in known:
+        raise StateError(f"the model has no level {name!r}; it has {known}")
+    held = _usual_parts(kept["updates"]) if parts is None else parts
+    if not held:
+        return LevelState(**kept)
+    blob = f"level/{name}"
+    tensors = blobs.read(blob, stored)
+    shapes = level_shapes(config, name)
+
+    def take(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        each = ((key, blobs.take(blob, tensors, prefix + key, s)) for key, s in shapes.items())
+        return {key: tensor.float() for key, tensor in each}
+
+    moments = None
+    if "moments" in held:
+        rule = optimisers.named(level_of(config, name).optimiser)
+        like = rule.init({key: torch.zeros(shape) for key, shape in shapes.items()})
+        flat = {key: tuple(t.shape) for key, t in optimisers.flatten(like).items() if key != "step"}
+        step = blobs.take(blob, tensors, "moments/step", ()).to(torch.int64)
+        moments = optimisers.restore({"step": step, **take("moments/", flat)})
+    return LevelState(
+        delta=take("", shapes) if "delta" in held else {},
+        start=take("start/", shapes) if "start" in held else {},
+        moments=moments,
+        **kept,
+    )
