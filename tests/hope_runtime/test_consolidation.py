@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hope_runtime.cadence import Due, completed, marked, until_boundary
-from hope_runtime.config import LevelConfig
+from hope_runtime.config import LevelConfig, Variant
 from hope_runtime.consolidation import Outcome, consolidate, learnable
 from hope_runtime.engine import Engine, Turn
 from hope_runtime.lanes import Lanes
@@ -119,7 +119,7 @@ SHAPES = {
     "a head of its own": tiny_config(window=16, tied_head=False, levels=levels(8, 16)),
     "memories": tiny_native(levels=chained(8, 16)),
     "memories and MLPs in a sum": tiny_native(
-        independent=True, levels=chained(8, 16, tiny_native(independent=True))
+        variant=Variant.INDEPENDENT, levels=chained(8, 16, tiny_native(variant=Variant.INDEPENDENT))
     ),
     "memories whose chunks share no boundary": tiny_native(levels=chained(6, 15)),
     "memories between attention": tiny_mixed(window=16, levels=levels(8, 16, shape=tiny_mixed())),
