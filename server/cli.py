@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from rich.logging import RichHandler
 
 from memory_store import SessionKey
+from server.commands.evaluate import evaluate
 from server.commands.terminal import Refusal, err, out, refusals
 from server.commands.train import train
 from server.settings import Settings
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(train, name="train")
+app.add_typer(evaluate, name="eval")
 _BACKLOG = 2048  # connections that may wait to be accepted
 _HANGING_UP = 2  # seconds for clients to take the last bytes of their replies
 

@@ -23,7 +23,7 @@ class Found(NamedTuple):
     """What a probe gave: a share or bits, and of how many answers, strings or bytes."""
 
     value: float
-    count: int
+    counted: int
 
 
 @torch.no_grad()

@@ -114,8 +114,12 @@ def associations() -> Task:
 def facts() -> Task:
     """Facts told in a conversation, a quarter of them changed later; sessions up to 256 tokens."""
 
-    def draw(length: int, fewest: int, most: int, again: float = 0.25, **more: float) -> Draw:
-        return partial(synthetic.facts, length=length, count=(fewest, most), again=again, **more)
+    def draw(length: int, fewest: int, most: int, within: float = 0.5) -> Draw:
+        return partial(
+            synthetic.facts, length=length, count=(fewest, most), again=0.25, within=within
+        )
+
+    changed = partial(synthetic.facts, length=256, count=(8, 8), again=1.0, only_changed=True)
 
     return Task(
         name="facts",
@@ -134,7 +138,7 @@ def facts() -> Task:
             Probe("4 facts", 64, draw(256, 4, 4)),
             Probe("8 facts", 32, draw(256, 8, 8)),
             Probe("16 facts", 16, draw(256, 16, 16), longer=True),
-            Probe("changed", 32, draw(256, 8, 8, 1.0, only_changed=True)),
+            Probe("changed", 32, changed),
             Probe("512 tokens", 32, draw(512, 8, 8, within=0.1), longer=True),
             Probe("2,048 tokens", 16, draw(2048, 8, 8, within=0.025), longer=True),
             Probe("8,192 tokens", 8, draw(8192, 8, 8, within=0.01), longer=True),

@@ -65,10 +65,10 @@ def _drawn(found: Bytes) -> Drawn:
 
 
 def _plain(folder: Path, name: str) -> Bytes:
-    for path, opened in ((folder / name, open), (folder / f"{name}.xz", lzma.open)):
-        if path.is_file():
-            with opened(path, "rb") as file:  # type: ignore[operator]
-                return np.frombuffer(file.read(), np.uint8)
+    if (path := folder / name).is_file():
+        return np.frombuffer(path.read_bytes(), np.uint8)
+    if (path := folder / f"{name}.xz").is_file():
+        return np.frombuffer(lzma.decompress(path.read_bytes()), np.uint8)
     raise TextError(f"{folder} has neither {name} nor {name}.xz; name its folder with --data")
 
 

@@ -1,0 +1,166 @@
+"""`hope eval`: how well memories learn, each against models of its size trained the same way."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from server.commands.terminal import Refusal, err, out, refusals
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    from hope_runtime.evaluation.runner import Run, Stand
+    from hope_runtime.evaluation.table import Row
+    from hope_runtime.evaluation.tasks import Task
+
+evaluate = typer.Typer(help="Judge how well models learn.", no_args_is_help=True)
+
+
+@evaluate.callback()
+def _evaluate() -> None:
+    """Judge how well models learn."""
+
+
+@evaluate.command()
+def native(
+    task: Annotated[
+        list[str] | None, typer.Option(help="a task; again for more; default: all")
+    ] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(help="a contender; again for more; default: all but those for study"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each, from seed 0 on")] = 1,
+    full: Annotated[
+        bool, typer.Option("--full/--short", help="five times the training of the short form")
+    ] = False,
+    to: Annotated[
+        Path, typer.Option("--out", help="folder of the results; what it holds is not run again")
+    ] = Path("evaluation"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="folder with tinyshakespeare.txt and wikitext2.tar.xz; none: no text"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the results into this file (.png, .svg)")
+    ] = None,
+) -> None:
+    """Train small memories and their rivals on tasks, and compare them; Ctrl-C keeps what is done.
+
+    Takes minutes: about a quarter of an hour for everything once, in the short form.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with refusals():
+        try:
+            _native(task, contender, seeds, full, to, data, plot)
+        except ValueError as error:  # all errors of evaluation that a person can mend
+            raise Refusal(str(error)) from error
+
+
+def _native(
+    names: list[str] | None,
+    contenders: list[str] | None,
+    seeds: int,
+    full: bool,
+    to: Path,
+    data: Path | None,
+    plot: Path | None,
+) -> None:
+    import torch
+
+    from hope_runtime.evaluation import contenders as known
+    from hope_runtime.evaluation import runner
+    from hope_runtime.evaluation.plot import PlotError, draw
+    from hope_runtime.evaluation.table import markdown, rows
+
+    rivals = _chosen("contender", contenders, known.ABOUT, known.USUAL)
+    tasks = _tasks(names, data)
+    torch.set_num_threads(1)  # the models are too small for more
+    runs = runner.plan(tasks, rivals, seeds, full=full)
+    kept = to / "results.jsonl"
+    with _progress(runs) as report:
+        try:
+            results = runner.evaluate(runs, kept, report, time.process_time)
+        except KeyboardInterrupt:
+            err.print(f"stopped; the same command goes on with what {kept} does not hold yet")
+            raise typer.Exit(130) from None
+    found = rows(tasks, results)
+    (to / "table.md").write_text("\n".join(markdown(found, rivals)) + "\n", encoding="utf-8")
+    _show(found, rivals)
+    for result in results:
+        if result.failed:
+            what = f"{result.task}, {result.contender}, seed {result.seed}"
+            err.print(f"{escape(what)}: {result.failed}")
+    if plot is not None:
+        try:
+            draw(found, rivals, plot)
+        except PlotError as error:
+            raise Refusal(str(error)) from error
+    out.print(f"kept in {kept}; the table is in {to / 'table.md'}")
+
+
+def _tasks(names: list[str] | None, data: Path | None) -> list[Task]:
+    from hope_runtime.evaluation import tasks, text
+
+    made = tasks.named(data)
+    for name in names or ():
+        if name in text.TEXTS and data is None:
+            raise Refusal(f"--task {name!r} needs its text; name its folder with --data")
+    return [made[name]() for name in _chosen("task", names, made, made)]
+
+
+def _chosen(
+    kind: str, names: list[str] | None, known: Collection[str], usual: Iterable[str]
+) -> list[str]:
+    for name in names or ():
+        if name not in known:
+            raise Refusal(f"--{kind} {name!r} is none; known are {', '.join(known)}")
+    return list(dict.fromkeys(names or usual))
+
+
+@contextmanager
+def _progress(runs: Sequence[Run]) -> Iterator[Callable[[Stand], None]]:
+    """Show each run's steps on a bar of all runs; where nobody watches, a line for each run."""
+    total = sum(run.steps for run in runs)
+    before = {run.key: sum(each.steps for each in runs[:i]) for i, run in enumerate(runs)}
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+        console=err,
+        disable=not err.is_terminal,
+    )
+
+    def report(stand: Stand) -> None:
+        run = stand.run
+        score = "" if stand.score is None else f", {run.task.probes[0].name} {stand.score:.2f}"
+        text = (
+            f"{run.task.name}, {run.contender}, seed {run.seed}: step {stand.step}/{run.steps}, "
+            f"loss {stand.loss:.3f}{score}, {stand.pace:,.0f} tokens/s"
+        )
+        bar.update(shown, description=escape(text), completed=before[run.key] + stand.step)
+        if not err.is_terminal and stand.step == run.steps:
+            err.print(escape(text))
+
+    with bar:
+        shown = bar.add_task("starting", total=total)
+        yield report
+
+
+def _show(rows: Sequence[Row], contenders: Sequence[str]) -> None:
+    from hope_runtime.evaluation.table import written
+
+    table = Table("task", "probe", "chance", *contenders, box=None, pad_edge=False)
+    for row in rows:
+        cells = (written(row.cells.get(name), row.measure) for name in contenders)
+        table.add_row(escape(row.task), row.probe, f"{row.chance:.1f}", *cells)
+    out.print(table)
