@@ -15,6 +15,8 @@ import torch
 from rich.table import Table
 
 from benchmarks.common import checkpoint, console, engine, run, turn, where
+from hope_runtime import weights
+from hope_runtime.config import LevelConfig
 from hope_runtime.report import Learned
 from hope_runtime.state import State
 from hope_runtime.weights.checkpoint import Checkpoint
@@ -28,9 +30,12 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="characters to skip first")
     parser.add_argument("--window", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--rate", type=float, nargs="+", default=[], help="instead of the default")
+    parser.add_argument("--model", type=Path, help="a model's directory, instead of the default")
     options = parser.parse_args()
-    found = checkpoint()
-    defaults = [level.rate for level in found.config.stacked().levels]
+    found = weights.read(options.model) if options.model else checkpoint()
+    if not found.config.attention_blocks:
+        options.window = options.window[:1]  # nothing looks through it
+    defaults = [level.rate for level in _levels(found)]
     rates: list[list[float]] = [[rate] * len(defaults) for rate in options.rate] or [defaults]
     table = Table(
         "document",
@@ -61,11 +66,16 @@ def main() -> None:
     console.print(table)
 
 
+def _levels(found: Checkpoint) -> tuple[LevelConfig, ...]:
+    """Return the model's own levels, or the default ones: the same chunks at every window."""
+    return found.config.levels or found.config.stacked().levels
+
+
 def _read(
     found: Checkpoint, ids: list[int], window: int, rates: list[float]
 ) -> tuple[float, float]:
     """Return nats per token, and how far the fastest level moved, of its base's norm."""
-    levels = found.config.stacked().levels  # the same chunks at every window
+    levels = _levels(found)
     fast = min(level.chunk for level in levels)
     levels = tuple(replace(level, rate=rate) for level, rate in zip(levels, rates, strict=True))
     config = replace(found.config, window=window, levels=levels)

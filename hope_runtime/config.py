@@ -335,6 +335,11 @@ class HopeConfig:
         return min((b for level in self.levels for b in level.blocks), default=self.blocks)
 
     @property
+    def unserved(self) -> str | None:
+        """Say why sessions may not be served with this configuration; None: they may."""
+        return self.memory.rule.unsafe if self.memory_blocks and self.memory else None
+
+    @property
     def learning_digest(self) -> str:
         """Names what a stored session depends on beside the weights: levels and sinks.
 

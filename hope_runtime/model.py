@@ -7,7 +7,8 @@ what the new tokens add to it, and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Read(NamedTuple):
 
     `keys` (before rotation), `rotated` and `values` are [attention blocks, B, K, T, N]; `inputs`
     is what entered the first block that learns, [B, T, width]; `hidden` what left the last block;
-    `memories` what the memory blocks hold after the tokens (None where there are none).
+    `remembered` what each of the memory blocks holds after the tokens, [B, ...].
     """
 
     hidden: Tensor
@@ -34,7 +35,13 @@ class Read(NamedTuple):
     rotated: Tensor
     values: Tensor
     inputs: Tensor
-    memories: Memories | None
+    remembered: tuple[Memories, ...]
+
+    @property
+    def memories(self) -> Memories | None:
+        """What the memory blocks hold, [L, B, ...]: a copy; None where there are none."""
+        parts = zip(*self.remembered, strict=True)
+        return Memories(*map(torch.stack, parts)) if self.remembered else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +173,15 @@ class Hope:
             down=self._take(f"{name}.down"),
         )
 
+    def frozen(self) -> Hope:
+        """Return the same model with memories that are never written; it shares the weights."""
+        config = self.config
+        assert config.memory is not None
+        rule = replace(config.memory.rule, rate_max=0.0)
+        twin = copy(self)
+        twin.config = replace(config, memory=replace(config.memory, rule=rule))
+        return twin
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Return [B, T, width] for token ids [B, T]."""
         return F.embedding(tokens, self.embedding)
@@ -221,8 +237,7 @@ class Hope:
         else:
             shape = (0, len(x), config.key_heads, x.shape[1], config.head_width)
             keys = rotated = values = x.new_zeros(shape)
-        memories = Memories(*(torch.stack(p) for p in zip(*kept, strict=True))) if kept else None
-        return Read(x, keys, rotated, values, inputs, memories)
+        return Read(x, keys, rotated, values, inputs, tuple(kept))
 
     def _geometry(self, start: Tensor, tokens: int, past: Past) -> attention.Geometry | None:
         config = self.config

@@ -24,6 +24,7 @@ from rich.logging import RichHandler
 
 from memory_store import SessionKey
 from server.commands.evaluate import evaluate
+from server.commands.recall import recall
 from server.commands.terminal import Refusal, err, out, refusals
 from server.commands.train import train
 from server.settings import Settings
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(train, name="train")
+evaluate.command()(recall)
 app.add_typer(evaluate, name="eval")
 _BACKLOG = 2048  # connections that may wait to be accepted
 _HANGING_UP = 2  # seconds for clients to take the last bytes of their replies

@@ -36,6 +36,8 @@ def load(settings: Settings, report: Report) -> tuple[Card, Hope, Tokenizer, Eng
     dtype = choose_dtype(settings.dtype, device)
     checkpoint = _read(settings, report)
     config = _shape(checkpoint, settings)
+    if why := config.unserved:
+        raise ConfigError(f"{checkpoint.name} cannot be served: {why}; train it with another rule")
     report(f"putting {checkpoint.name} on the {device.type}")
     model = Hope(config, checkpoint.weights, device=device, dtype=dtype)
     card = Card(
@@ -48,6 +50,11 @@ def load(settings: Settings, report: Report) -> tuple[Card, Hope, Tokenizer, Eng
     )
     engine = Engine(model, checkpoint.tokenizer, lanes=settings.lanes, clock=time.perf_counter)
     return card, model, checkpoint.tokenizer, engine
+
+
+def shipped(name: str) -> Path:
+    """Return the directory of a model that comes with the package."""
+    return Path(hope_runtime.__file__).parent / "models" / name
 
 
 def choose_device(name: str) -> torch.device:
@@ -84,7 +91,7 @@ def _read(settings: Settings, report: Report) -> Checkpoint:
         case "random":
             return random_checkpoint(tiny_config(window=settings.window, sinks=settings.sinks))
         case "hope-nano":
-            path = Path(hope_runtime.__file__).parent / "models" / "hope-nano"
+            path = shipped(settings.model)
         case name:
             path = Path(name)
     report(f"reading {path.name}")

@@ -27,7 +27,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model: str = Field(
         "smollm2",
-        description="`smollm2` (fetched on first use), `hope-nano` (native, comes with the package), "
+        description="`smollm2` (fetched on first use), `hope-nano` (native, shipped with it), "
         "`random` (tiny, for trying things), a model's directory, or a .gguf file",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")

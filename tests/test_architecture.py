@@ -53,12 +53,14 @@ ONLY = {
     "typer": {
         "server/cli.py",
         "server/commands/evaluate.py",
+        "server/commands/recall.py",
         "server/commands/terminal.py",
         "server/commands/train.py",
     },
     "rich": {
         "server/cli.py",
         "server/commands/evaluate.py",
+        "server/commands/recall.py",
         "server/commands/terminal.py",
         "server/commands/train.py",
         "clients/chat.py",

@@ -8,12 +8,11 @@ answer counts if it says the exact value and no other value of its kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
-from hope_runtime.config import HopeConfig
 from hope_runtime.engine import Engine, Turn
 from hope_runtime.model import Hope
 from hope_runtime.report import Fact, Failed, Finished, Said
@@ -49,13 +48,6 @@ class Setting:
     held_out: bool = False  # ask for values that no training row ever had
     stored: bool = True  # the session is stored and read again before it is asked
     seed: int = 1000
-
-
-def frozen(config: HopeConfig) -> HopeConfig:
-    """Return the same model with a memory that is never written."""
-    assert config.memory is not None
-    rule = replace(config.memory.rule, rate_max=0.0)
-    return replace(config, memory=replace(config.memory, rule=rule))
 
 
 def recall(

@@ -49,7 +49,7 @@ def read_chats(path: Path) -> Chats:
     chats = Chats([], [])
     for chat in _clean_chats(path):
         chats[_is_valid(chat)].append(chat)
-    if not chats.train:
+    if not any(chats):
         raise CorpusError(
             f"{path}: no chats found; put {_FILES} there. The Self-dialogue Corpus is public: "
             "github.com/jfainberg/self_dialogue_corpus, packed as self_dialogue.tar.xz"

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,8 @@ def advance(
     Raises:
         TrainingError: the loss or its gradient is not finite; `progress` is whole.
     """
-    batch = source(progress.chance, progress.step / recipe.steps)
+    chance = deepcopy(progress.chance)  # a step that is broken off has drawn nothing
+    batch = source(chance, progress.step / recipe.steps)
     loss, gradients = gradient(config, progress.params, batch, recipe, device=device, dtype=dtype)
     clipped, norm = optimisers.clip_by_norm(gradients, recipe.clip)
     if not (math.isfinite(loss) and math.isfinite(float(norm))):
@@ -143,7 +145,7 @@ def advance(
             rate=share * recipe.vector_rate,
         )
         params = optimisers.apply(progress.params, {**moved, **others})
-    done = Progress(progress.step + 1, params, first, second, progress.chance)
+    done = Progress(progress.step + 1, params, first, second, chance)
     return done, Stepped(progress.step, loss, float(norm), batch.tokens[:, 1:].numel())
 
 

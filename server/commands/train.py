@@ -89,6 +89,8 @@ def _native(paths: list[Path], to: Path, asked: dict[str, Any]) -> None:
         torch.set_num_threads(asked["threads"])
     device = choose_device(asked["device"])
     dtype = choose_dtype(asked["dtype"], device)
+    recipe = _recipe(asked)
+    _config(asked, 1)  # what cannot be is told before anything is read
     with err.status("reading the data"):
         corpus = data.read(paths)
         reader = _tokenizer(to, corpus, asked)
@@ -99,7 +101,6 @@ def _native(paths: list[Path], to: Path, asked: dict[str, Any]) -> None:
             length=asked["length"],
             personas=asked["personas"],
         )
-    recipe = _recipe(asked)
     config = _config(asked, reader.vocabulary)
     file = to / "run.safetensors"
     if file.exists():
@@ -208,8 +209,10 @@ def _tokenizer(to: Path, corpus: Corpus, asked: dict[str, Any]) -> Tokenizer:
 
 
 def _recipe(asked: dict[str, Any]) -> loop.Recipe:
+    from hope_runtime.ops import optimisers
     from hope_runtime.training import loop
 
+    optimisers.named(asked["optimiser"])
     rates = {"muon": 0.02, "m3": 1e-5, "adamw": 3e-3}
     rate = asked["rate"]
     if rate is None:
