@@ -151,7 +151,7 @@ def _begin_again(
         nearer = {name: f.lerp(last[name], inner.start_rate) for name, f in first.items()}
         start, nearer = _kept(nearer, inner)
         movement = _norm(nearer.values()) / _base_norm(model, inner)
-    again = replace(ended, delta=dict(start), start=start, moments=None, movement=movement)
+    again = replace(ended, delta=start, start=start, moments=None, movement=movement)
     return {inner.name: again}
 
 

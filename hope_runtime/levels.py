@@ -35,7 +35,9 @@ class LevelState:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that a level holds, by name: its delta's tensors, then `start/...`, `moments/...`."""
-        held = {**self.delta, **{f"start/{name}": t for name, t in self.start.items()}}
+        held = {f"start/{name}": t for name, t in self.start.items()}
+        if self.delta is not self.start:  # else it has just begun again
+            held |= self.delta
         if self.moments is not None:
             flat = optimisers.flatten(self.moments)
             held |= {f"moments/{name}": t for name, t in flat.items()}
@@ -87,7 +89,8 @@ def facts_of(level: LevelState) -> dict[str, Any]:
         "outcome": level.outcome,
         "movement": level.movement,
     }
-    parts = {"delta": level.delta, "start": level.start, "moments": level.moments}
+    delta = None if level.delta is level.start else level.delta
+    parts = {"delta": delta, "start": level.start, "moments": level.moments}
     if (held := [name for name, part in parts.items() if part]) != _usual_parts(level.updates):
         facts["parts"] = held
     if level.usual is not None:
@@ -130,9 +133,10 @@ def restored(
         flat = {key: tuple(t.shape) for key, t in optimisers.flatten(like).items() if key != "step"}
         step = blobs.take(blob, tensors, "moments/step", ()).to(torch.int64)
         moments = optimisers.restore({"step": step, **take("moments/", flat)})
+    start = take("start/", shapes) if "start" in held else {}
     return LevelState(
-        delta=take("", shapes) if "delta" in held else {},
-        start=take("start/", shapes) if "start" in held else {},
+        delta=take("", shapes) if "delta" in held else start,
+        start=start,
         moments=moments,
         **kept,
     )

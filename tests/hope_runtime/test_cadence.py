@@ -7,24 +7,31 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hope_runtime.cadence import Due, completed, horizon, until_boundary
-from hope_runtime.config import LevelConfig
+from hope_runtime.cadence import Due, begun, completed, horizon, until_boundary
+from hope_runtime.config import LevelConfig, Variant
 from hope_runtime.weights.random import tiny_config
 
 TINY = tiny_config()  # fast every 8 tokens, slow every 16, a window of 32
 NONE = replace(TINY, levels=())
 
 
-def levels(*chunks):
+def levels(*grids):
+    """Return a configuration with a level for each (chunk, offset)."""
     return replace(
         TINY,
-        levels=tuple(LevelConfig(f"every {c}", c, (i,), 0.1, 0.9) for i, c in enumerate(chunks)),
+        levels=tuple(
+            LevelConfig(f"every {chunk}", chunk, (i,), 0.1, 0.9, offset=offset % chunk)
+            for i, (chunk, offset) in enumerate(grids)
+        ),
     )
 
 
-configs = st.lists(st.integers(2, 32), min_size=1, max_size=3, unique=True).map(
-    lambda chunks: levels(*chunks)
-)
+configs = st.lists(
+    st.tuples(st.integers(2, 32), st.integers(0, 31)),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda grid: grid[0],
+).map(lambda grids: levels(*grids))
 
 
 def test_a_chunk_is_complete_with_its_last_token():
@@ -56,9 +63,34 @@ def test_splitting_a_stream_into_calls_changes_no_chunk(config, sizes):
     assert parts == completed(0, end, config)
     for level in config.levels:
         assert [d.end for d in parts if d.level == level.name] == [
-            n for n in range(1, end + 1) if n % level.chunk == 0
+            n for n in range(1, end + 1) if n % level.chunk == level.offset
         ]
-        assert all(d.end - d.start == level.chunk for d in parts if d.level == level.name)
+        ours = [d for d in parts if d.level == level.name]
+        # they follow each other without a gap, and only the first may be shorter
+        assert [d.start for d in ours] == [0, *(d.end for d in ours)][: len(ours)]
+        assert all(d.end - d.start == level.chunk for d in ours[1:])
+
+
+@given(configs, st.integers(0, 10**6))
+def test_a_chunk_began_where_the_last_boundary_was(config, position):
+    for level in config.levels:
+        start = begun(position, level)
+        assert 0 <= start <= position < start + level.chunk
+        assert start == 0 or start % level.chunk == level.offset
+
+
+def test_levels_with_offsets_do_not_learn_at_the_same_token():
+    together = levels((8, 0), (16, 0), (32, 0))
+    apart = levels((8, 0), (16, 4), (32, 2))
+
+    assert len({due.end for due in completed(0, 320, together)}) == 40
+    assert len({due.end for due in completed(0, 320, apart)}) == len(completed(0, 320, apart))
+
+
+def test_nested_levels_end_from_the_inside_out():
+    nested = replace(TINY, variant=Variant.NESTED)
+
+    assert completed(15, 16, nested) == [Due("fast", 8, 16), Due("slow", 0, 16)]
 
 
 @given(configs, st.integers(0, 10**9))
