@@ -79,4 +79,5 @@ def draw(rows: Sequence[Row], contenders: Sequence[str], file: Path) -> None:
 
 
 def _label(row: Row) -> str:
-    return row.probe.replace(": ", "\n").replace(" ", "\n", 1) + ("\n(longer)" * row.longer)
+    broken = row.probe.replace(": " if ":" in row.probe else " ", "\n")
+    return f"{broken}\n(longer)" if row.longer else broken

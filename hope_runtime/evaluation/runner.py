@@ -21,6 +21,7 @@ from hope_runtime.training import loop
 from hope_runtime.training.loop import Recipe
 
 FULL = 5  # times the steps of the short form
+OPTIMISER, RATE, VECTOR_RATE = "muon", 2e-2, 6e-3  # of all contenders: see docs/evaluation.md
 _LOOK_EVERY = 50  # steps between two looks at the first probe
 _CPU = torch.device("cpu")
 _JUDGED_WITH = 1_000_003  # the probes' chance is not the training's
@@ -115,7 +116,12 @@ def one(run: Run, report: Callable[[Stand], None], clock: Clock) -> Result:
     began, task = clock(), run.task
     config = contender(run.contender, task.vocabulary)
     recipe = Recipe(
-        run.steps, optimiser=OPTIMISER, rate=RATE, vector_rate=VECTOR_RATE, warmup=20, seed=run.seed
+        run.steps,
+        optimiser=OPTIMISER,
+        rate=RATE,
+        vector_rate=VECTOR_RATE,
+        warmup=20,
+        seed=run.seed,
     )
     progress, source = loop.begin(config, recipe), task.source()
     tokens, score, failed = 0, None, None
@@ -177,6 +183,3 @@ def read(kept: Path) -> list[Result]:
 
 def _look(model: Hope, task: Task) -> float:
     return judge(model, task.probes[0], task.measure, np.random.default_rng(0)).value
-
-
-OPTIMISER, RATE, VECTOR_RATE = "muon", 2e-2, 6e-3

@@ -32,11 +32,14 @@ def _evaluate() -> None:
 @evaluate.command()
 def native(
     task: Annotated[
-        list[str] | None, typer.Option(help="a task; again for more; default: all")
+        list[str] | None,
+        typer.Option(help="a task: facts, associations, parity, ...; again for more; default: all"),
     ] = None,
     contender: Annotated[
         list[str] | None,
-        typer.Option(help="a contender; again for more; default: all but those for study"),
+        typer.Option(
+            help="hope, delta, titans, transformer, frozen; again for more; default: these"
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="runs of each, from seed 0 on")] = 1,
     full: Annotated[
