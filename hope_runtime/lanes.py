@@ -112,8 +112,11 @@ class Lanes:
         if self._model.config.attention_blocks:
             self._append(first, start, read, lengths)
         rows = slice(first, first + len(start))
-        for held, after in zip(self._memories or (), read.memories or (), strict=True):
-            held[:, rows] = after
+        for block, remembered in enumerate(read.remembered):
+            for held, after in zip(self._memories or (), remembered, strict=True):
+                own = held[block, rows]
+                if own.data_ptr() != after.data_ptr():  # else what it was: an anchor that stayed
+                    own.copy_(after)
 
     def _append(self, first: int, start: Tensor, read: Read, lengths: Sequence[int] | None) -> None:
         sessions, tokens = read.hidden.shape[:2]

@@ -191,10 +191,12 @@ def _advance(
 
 
 def _turned(live: Tensor, anchor: Tensor, ended: Tensor, rule: Rule) -> Memory:
-    """Bound the memory and move the anchor where a chunk has `ended`, [B]."""
-    here = ended[:, None, None, None]
-    live = torch.where(here, bounded(live, rule), live)
-    return Memory(live, torch.where(here, live, anchor))
+    """Bound the memory and move the anchor where a chunk has `ended`, [B]; else copy nothing."""
+    if not bool(ended.any()):
+        return Memory(live, anchor)
+    rows = ended.nonzero()[:, 0]
+    moved = bounded(live[rows], rule)
+    return Memory(live.index_copy(0, rows, moved), anchor.index_copy(0, rows, moved))
 
 
 def scan(
