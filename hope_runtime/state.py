@@ -92,15 +92,19 @@ class State:
         return {name: d for level in self.levels.values() for name, d in level.delta.items()}
 
     @property
+    def memory_bytes(self) -> int:
+        """The size of what the memory blocks hold, marks included."""
+        held = [self.memories, *(mark.memories for mark in self.marks)]
+        return sum(int(tensor.nbytes) for memories in held for tensor in memories or ())
+
+    @property
     def bytes(self) -> int:
         pieces = [*self.pieces, self.sinks] if self.sinks else self.pieces
         held: list[Tensor] = []
         for piece in pieces:
             held += [piece.keys, piece.values, piece.inputs, piece.tokens, piece.weights]
-        for memories in [self.memories, *(mark.memories for mark in self.marks)]:
-            held += memories or []
         levels = sum(level.bytes for level in self.levels.values())
-        return levels + sum(int(tensor.nbytes) for tensor in held)
+        return self.memory_bytes + levels + sum(int(tensor.nbytes) for tensor in held)
 
 
 def join(pieces: Sequence[Piece]) -> Piece:

@@ -112,12 +112,13 @@ def models(
         config = card.config
         out.print(f"[bold]{card.name}[/bold]  {card.fingerprint}")
         out.print(f"{config.blocks} blocks of width {config.width}, vocabulary {config.vocabulary}")
-        out.print(
-            f"window {config.window} tokens, {config.sinks} sinks; {card.dtype} on {card.device}"
-        )
+        out.print(f"{card.mixers}; {card.dtype} on {card.device}")
         for level in config.levels:
             first, last = level.blocks[0], level.blocks[-1]
-            out.print(f"level {level.name}: every {level.chunk} tokens, MLPs {first} to {last}")
+            mlps = f"MLPs {first} to {last}"
+            if config.chain > 1:
+                mlps = f"MLP {level.mlp + 1} of blocks {first} to {last}"
+            out.print(f"level {level.name}: every {level.chunk} tokens, {mlps}")
 
 
 def main() -> None:
@@ -286,7 +287,7 @@ def _greet(
     took = time.perf_counter() - began
     kept = f" in {settings.data_dir}" if settings.store == "embedded" else ""
     out.print(f"[bold]HOPE Server[/bold] serves [bold]{card.name}[/bold] on {address}")
-    out.print(f"  model   {card.dtype} on {card.device}, window {card.config.window}, {learning}")
+    out.print(f"  model   {card.dtype} on {card.device}, {card.mixers}, {learning}")
     out.print(f"  store   {durability.engine}, {durability.mode}{kept}")
     out.print(f"  chat    open {address} or run hope-chat; Ctrl-C stops ({took:.1f} s to start)")
     sys.stdout.flush()

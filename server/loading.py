@@ -17,7 +17,7 @@ from hope_runtime.model import Hope
 from hope_runtime.tokenizer import Tokenizer
 from hope_runtime.weights.checkpoint import Checkpoint
 from hope_runtime.weights.default import default_cache, fetch_default
-from hope_runtime.weights.random import random_checkpoint, tiny_config
+from hope_runtime.weights.random import random_checkpoint, tiny_config, tiny_native
 from server.service import Card
 from server.settings import Settings
 
@@ -90,6 +90,8 @@ def _read(settings: Settings, report: Report) -> Checkpoint:
             path = fetch_default(default_cache(), report)
         case "random":
             return random_checkpoint(tiny_config(window=settings.window, sinks=settings.sinks))
+        case "random-native":
+            return random_checkpoint(tiny_native(), name=settings.model)
         case "hope-nano":
             path = shipped(settings.model)
         case name:

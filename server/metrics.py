@@ -233,7 +233,10 @@ class Metrics:
             ["level"],
             buckets=BYTES,
         )
-        for part in ("window", *(level.name for level in config.levels)):
+        # tokens that wait to be consolidated are all the context of a model without attention
+        self._context = "window" if config.attention_blocks else "context"
+        parts = [self._context, "memory"] if config.memory_blocks else [self._context]
+        for part in (*parts, *(level.name for level in config.levels)):
             self.state_bytes.labels(part)
         self.device_memory = gauge("hope_device_memory_bytes", "Memory by pool.", ["pool"])
         for pool in ("weights", "session_memory"):
@@ -266,11 +269,14 @@ class Metrics:
     def committed(self, written: int, state: State) -> None:
         """Take note of a committed state and of the bytes its commit wrote."""
         self.store_bytes.labels("out").inc(written)
-        window = state.bytes
+        context = state.bytes
         for name, level in state.levels.items():
             self.state_bytes.labels(name).observe(level.bytes)
-            window -= level.bytes
-        self.state_bytes.labels("window").observe(window)
+            context -= level.bytes
+        if state.memories is not None:
+            self.state_bytes.labels("memory").observe(state.memory_bytes)
+            context -= state.memory_bytes
+        self.state_bytes.labels(self._context).observe(context)
 
     def _memory(self, config: HopeConfig) -> None:
         counter, gauge, histogram = self._makers()

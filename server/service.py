@@ -27,6 +27,20 @@ class Card:
     dtype: str
     loaded: int  # seconds since the epoch
 
+    @property
+    def mixers(self) -> str:
+        """What lets the tokens of a session see each other, in words."""
+        config, found = self.config, []
+        if config.attention_blocks:
+            found.append(f"window {config.window} tokens, {config.sinks} sinks")
+        if config.memory is not None and (blocks := len(config.memory_blocks)):
+            heads, width = config.memory.heads, config.memory.head_width
+            found.append(
+                f"memory of {heads} heads of {width} x {width} in {blocks} blocks, "
+                f"chunk {config.memory.rule.chunk}"
+            )
+        return "; ".join(found)
+
 
 @dataclass(frozen=True, slots=True)
 class Service:

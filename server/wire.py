@@ -418,8 +418,9 @@ class ModelCard(Wire):
     created: int
     owned_by: str = "hope"
     fingerprint: str
-    window: int
-    sinks: int
+    window: int | None  # tokens of attention; null where no block attends
+    sinks: int | None
+    memory: dict[str, Any] | None  # of the blocks that remember; null where none does
     dtype: str
     device: str
     levels: list[dict[str, Any]]

@@ -127,6 +127,20 @@ def test_a_model_is_shown_as_it_would_be_served(typed):
     ]
 
 
+def test_a_model_that_remembers_is_shown_without_a_window(typed):
+    done = typed("models", "random-native")
+
+    assert (done.exit_code, done.stderr) == (0, "")
+    first, shape, mixers, *levels = done.stdout.splitlines()
+    assert re.fullmatch(r"random-native  \S+", first)
+    assert shape == "2 blocks of width 32, vocabulary 259"
+    assert mixers.startswith("memory of 2 heads of 16 x 16 in 2 blocks, chunk 4; ")
+    assert levels == [
+        "level fast: every 8 tokens, MLP 1 of blocks 0 to 1",
+        "level slow: every 16 tokens, MLP 2 of blocks 0 to 1",
+    ]
+
+
 def test_a_model_that_is_not_there_is_told_in_one_sentence(typed):
     done = typed("models", "/no/such/model")
 

@@ -94,12 +94,11 @@ def tiny_mixed(**changes: Any) -> HopeConfig:
     return tiny_config(**{"mixers": mixers, "memory": memory, **changes})
 
 
-def random_checkpoint(config: HopeConfig, seed: int = 0) -> Checkpoint:
+def random_checkpoint(config: HopeConfig, seed: int = 0, name: str = "random") -> Checkpoint:
     """Draw a model of this shape; equal seeds give equal models. The config is kept as it is."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: _draw(name, shape, generator) for name, shape in shapes(config)}
     tokenizer = byte_tokenizer()
-    name = "random"
     return Checkpoint(
         name=name,
         config=config,

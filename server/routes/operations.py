@@ -73,15 +73,19 @@ async def model(model: str, request: Request) -> wire.ModelCard:
 
 def _card(request: Request) -> wire.ModelCard:
     card = service(request).card
+    config = card.config
+    attends, remembers = bool(config.attention_blocks), bool(config.memory_blocks)
+    memory = asdict(config.memory) if remembers and config.memory else None
     return wire.ModelCard(
         id=card.name,
         created=card.loaded,
         fingerprint=card.fingerprint,
-        window=card.config.window,
-        sinks=card.config.sinks,
+        window=config.window if attends else None,
+        sinks=config.sinks if attends else None,
+        memory=memory and {"blocks": config.memory_blocks, **memory},
         dtype=card.dtype,
         device=card.device,
-        levels=[asdict(level) for level in card.config.levels],
+        levels=[asdict(level) for level in config.levels],
     )
 
 

@@ -149,9 +149,9 @@ class House:
 class Builder:
     """Builds houses: `async with build(store, stops=False, turns_waiting=0) as house`."""
 
-    def __init__(self):
+    def __init__(self, config=None):
         torch.set_num_threads(1)
-        self.config = tiny_config()
+        self.config = config or tiny_config()
         self.checkpoint = random_checkpoint(self.config)
         self.model = Hope(
             self.config, self.checkpoint.weights, device=torch.device("cpu"), dtype=torch.float32
@@ -172,8 +172,14 @@ class Builder:
 
 
 @pytest.fixture(scope="session")
-def build():
-    return Builder()
+def builder():
+    """Return what makes builders of houses with other models: `builder(config)`."""
+    return Builder
+
+
+@pytest.fixture(scope="session")
+def build(builder):
+    return builder()
 
 
 @pytest.fixture
