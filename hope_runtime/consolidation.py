@@ -255,7 +255,7 @@ def _memories(model: Hope, state: State, at: int) -> Memories | None:
 def _norm(tensors: Iterable[Tensor]) -> float:
     def size(t: Tensor) -> float:
         exact = torch.promote_types(t.dtype, torch.float32)
-        return float(torch.linalg.vector_norm(t, dtype=exact))
+        return float(torch.linalg.vector_norm(t.detach(), dtype=exact))
 
     return math.hypot(*map(size, tensors))
 

@@ -28,6 +28,7 @@ from hope_runtime.config import HopeConfig
 from hope_runtime.model import Hope
 from hope_runtime.ops import optimisers
 from hope_runtime.ops.optimisers import Gradient, Optimiser, OptimiserState
+from hope_runtime.training import cms
 from hope_runtime.training.initial import initial
 from hope_runtime.weights.shapes import shapes
 
@@ -60,6 +61,7 @@ class Recipe:
     clip: float = 1.0
     unroll: bool = False  # gradients to second order, through what memory did to its projections
     seed: int = 0
+    levels: bool = False  # learn while rows are read; off: rows are read under the base
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -161,7 +163,7 @@ def gradient(
     """Return the loss of a batch and its gradient by name."""
     own = {name: p.detach().to(device).requires_grad_() for name, p in params.items()}
     model = Hope(config, own, device=device, dtype=dtype, unroll=recipe.unroll)
-    loss = losses(model, batch.tokens)
+    loss = (cms.losses if recipe.levels else losses)(model, batch.tokens)
     weights = batch.weights[:, 1:].to(device)
     mean = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
     found = torch.autograd.grad(mean, list(own.values()), allow_unused=True, materialize_grads=True)
