@@ -47,6 +47,7 @@ class Setting:
     overwritten: int = 0  # facts that are told anew
     held_out: bool = False  # ask for values that no training row ever had
     stored: bool = True  # the session is stored and read again before it is asked
+    learning: bool = True  # slow levels are consolidated from what the user says, as when served
     seed: int = 1000
 
 
@@ -86,8 +87,13 @@ def recall(
 def _user(
     engine: Engine, model: Hope, material: Material, drawn: Probe, setting: Setting
 ) -> Iterator[Answer]:
-    told = material.row([*drawn.told, *drawn.filler]).tokens
-    [finished] = (f for f in _run(engine, _turn("told", State(), told)) if isinstance(f, Finished))
+    told = [
+        (token, float(line.role == "user"))
+        for line in [*drawn.told, *drawn.filler]
+        for token in material.row([line]).tokens
+    ]
+    reading = _turn("told", State(), told, learn=setting.learning)
+    [finished] = (fact for fact in _run(engine, reading) if isinstance(fact, Finished))
     state = finished.state
     if setting.stored:
         facts, blobs, _ = dump(state, None)
@@ -111,22 +117,29 @@ def _user(
         )
 
 
-def _question(material: Material, question: str) -> Iterable[int]:
+def _question(material: Material, question: str) -> list[tuple[int, float]]:
     row = material.row([Line("user", (Part(question, 0.0),)), Line("assistant", ())]).tokens
-    return row[:-1]  # without the mark that ends the reply
+    return [(token, 0.0) for token in row[:-1]]  # without the mark that ends the reply
 
 
-def _turn(id: str, state: State, tokens: Iterable[int], *, most: int = 0) -> Turn:
+def _turn(
+    id: str,
+    state: State,
+    given: Iterable[tuple[int, float]],
+    *,
+    most: int = 0,
+    learn: bool = False,
+) -> Turn:
     return Turn(
         id=id,
         state=state,
-        given=tuple((int(token), 0.0) for token in tokens),
+        given=tuple(given),
         closing=(),
         most=most,
         said_weight=0.0,
         sampling=Sampling(temperature=0.0),
         stops=(),
-        learn=False,
+        learn=learn,
     )
 
 

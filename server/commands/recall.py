@@ -78,6 +78,7 @@ def _recall(
     rows += [
         ("values never trained on", replace(middle, held_out=True), model),
         (f"{facts // 2} facts told anew", replace(middle, overwritten=facts // 2), model),
+        ("slow levels at rest", replace(middle, learning=False), model),
     ]
     if model.config.memory_blocks:
         rows.append(("frozen memory", middle, model.frozen()))

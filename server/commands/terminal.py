@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hope_runtime.config import ConfigError
 from memory_store import StoreError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -23,6 +22,7 @@ class Refusal(Exception):
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """Turn errors that a person can mend into one sentence and exit code 1."""
+    from hope_runtime.config import ConfigError  # torch takes seconds to import; --help should not
     from hope_runtime.weights.checkpoint import CheckpointError
 
     try:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hope_runtime.config import HopeConfig, MemoryConfig, Mixer, Rule
 from server.commands.terminal import Refusal, err, out, refusals
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    from hope_runtime.config import HopeConfig
     from hope_runtime.tokenizer import Tokenizer
     from hope_runtime.training import loop
     from hope_runtime.training.data import Corpus, Data
@@ -230,6 +230,8 @@ def _recipe(asked: dict[str, Any]) -> loop.Recipe:
 
 
 def _config(asked: dict[str, Any], vocabulary: int) -> HopeConfig:
+    from hope_runtime.config import HopeConfig, MemoryConfig, Mixer, Rule
+
     names = asked["mixers"].split(",")
     unknown = sorted({*names} - {*Mixer})
     if unknown:
