@@ -28,7 +28,8 @@ class Settings(BaseSettings):
     model: str = Field(
         "smollm2",
         description="`smollm2` (fetched on first use), `hope-nano` (native, shipped with it), "
-        "`random` (tiny, for trying things), a model's directory, or a .gguf file",
+        "`random` or `random-native` (tiny, for trying things), a model's directory, "
+        "or a .gguf file",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
