@@ -7,9 +7,11 @@ before its consolidation.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -30,8 +32,16 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="characters to skip first")
     parser.add_argument("--window", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--rate", type=float, nargs="+", default=[], help="instead of the default")
+    parser.add_argument(
+        "--level",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of every level: rank=32 gate=1",
+    )
     parser.add_argument("--model", type=Path, help="a model's directory, instead of the default")
     options = parser.parse_args()
+    changes = dict(map(_change, options.level))
     found = weights.read(options.model) if options.model else checkpoint()
     if not found.config.attention_blocks:
         options.window = options.window[:1]  # nothing looks through it
@@ -45,15 +55,15 @@ def main() -> None:
         "learning ppl",
         "change",
         "moved",
-        title=f"{options.tokens} tokens, scored before they are learned",
+        title=f"{options.tokens} tokens, scored before they are learned {changes or ''}",
         caption=where(),
     )
     for file in options.file:
         ids = found.tokenizer.encode(file.read_text()[options.skip :])[: options.tokens]
         for window in options.window:
-            static, _ = _read(found, ids, window, [0.0] * len(defaults))
+            static, _ = _read(found, ids, window, [0.0] * len(defaults), {})
             for each in rates:
-                learned, moved = _read(found, ids, window, each)
+                learned, moved = _read(found, ids, window, each, changes)
                 table.add_row(
                     file.name,
                     str(window),
@@ -71,13 +81,20 @@ def _levels(found: Checkpoint) -> tuple[LevelConfig, ...]:
     return found.config.levels or found.config.stacked().levels
 
 
+def _change(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, value if name == "optimiser" else json.loads(value)
+
+
 def _read(
-    found: Checkpoint, ids: list[int], window: int, rates: list[float]
+    found: Checkpoint, ids: list[int], window: int, rates: list[float], changes: dict[str, Any]
 ) -> tuple[float, float]:
     """Return nats per token, and how far the fastest level moved, of its base's norm."""
     levels = _levels(found)
     fast = min(level.chunk for level in levels)
-    levels = tuple(replace(level, rate=rate) for level, rate in zip(levels, rates, strict=True))
+    levels = tuple(
+        replace(level, rate=rate, **changes) for level, rate in zip(levels, rates, strict=True)
+    )
     config = replace(found.config, window=window, levels=levels)
     mind = engine(replace(found, config=config), torch.bfloat16, lanes=1)
     facts = run(mind, turn("read", State(), [(id, 1.0) for id in ids], 0, learn=True))

@@ -44,14 +44,22 @@ def model_of(config):
 
 def learn(model, state, tokens, *, said=0):
     """Return the state after a turn, and what each consolidation did."""
-    engine = Engine(model, random_checkpoint(tiny_config()).tokenizer, lanes=1, clock=lambda: 0.0)
-    given = tuple((token, 1.0) for token in tokens)
-    engine.submit(Turn("a", state, given, (), said, 1.0, Sampling(seed=1), (), True))
+    facts = run(model, (state, tokens), said=said)
+    (finished,) = [fact for fact in facts if isinstance(fact, Finished)]
+    return finished.state, [fact.consolidated for fact in facts if isinstance(fact, Learned)]
+
+
+def run(model, *turns, said=0):
+    """Return the facts of turns that are taken together."""
+    tokenizer = random_checkpoint(tiny_config()).tokenizer
+    engine = Engine(model, tokenizer, lanes=len(turns), clock=lambda: 0.0)
+    for i, (state, tokens) in enumerate(turns):
+        given = tuple((token, 1.0) for token in tokens)
+        engine.submit(Turn(f"{i}", state, given, (), said, 1.0, Sampling(seed=1), (), True))
     facts = []
     while not engine.idle:
         facts += engine.step()
-    (finished,) = [fact for fact in facts if isinstance(fact, Finished)]
-    return finished.state, [fact.consolidated for fact in facts if isinstance(fact, Learned)]
+    return facts
 
 
 def again(state, config):
@@ -464,6 +472,28 @@ def test_a_native_session_can_get_a_level_anywhere_in_a_chunk():
         ends = [each.end for each in done if each.level == new.name]
         assert ends == [n for n in range(8, position + 21, 8) if n - 8 > position + 1]
         assert_same(again(after, lone), after)
+
+
+def test_sessions_with_different_levels_learn_together_as_each_would_alone():
+    thin = LevelConfig("middle", 12, (2,), rate=0.01, retain=0.99, rank=3)
+    model, tokens = model_of(WIDE), tokens_of(40)
+    states = [
+        State(),
+        add_level(State(), MIDDLE, WIDE),
+        add_level(State(), thin, WIDE),
+        remove_level(State(), "fast", WIDE),
+    ]
+    alone = [learn(model, state, tokens)[0] for state in states]
+
+    facts = run(model, *((state, tokens) for state in states), said=5)
+
+    ended = {fact.job: fact.state for fact in facts if isinstance(fact, Finished)}
+    assert ended.keys() == {"0", "1", "2", "3"}
+    for job, one in enumerate(alone):
+        other = ended[str(job)]
+        assert one.levels.keys() == other.levels.keys()
+        for a, b in zip(products(one), products(other), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
 
 
 def test_a_level_that_is_removed_frees_what_it_learned():
