@@ -67,7 +67,8 @@ STAGES = (
     Stage(length=192, facts=(1, 4), near=0.6, late=0.1, filler=0.1, updates=0.2),
     Stage(length=384, facts=(2, 6), near=0.35),
     Stage(length=512, facts=(2, 10), near=0.25, filler=0.2),
-    Stage(length=1024, facts=(4, 12), near=0.15, late=0.4),
+    Stage(length=512, facts=(6, 14), near=0.15, late=0.4, filler=0.05),
+    Stage(length=1024, facts=(8, 20), near=0.1, late=0.5, filler=0.15),
 )
 
 
