@@ -37,8 +37,10 @@ class Form(StrEnum):
 class Variant(StrEnum):
     """How the levels of the CMS relate, and what passes from one to another.
 
-    Whatever the variant, a slow level learns by backpropagation through the levels above it and
-    under the fast ones' deltas as they then are: its gradient is that of what a session says.
+    Whatever the variant, one level's output depends on the others' weights (direct, parametric
+    transfer; section 3.3), and knowledge moves by backpropagation: a level's gradient is taken
+    through those above it, under all of their deltas as they then are. `NESTED` adds transfer by
+    initialisation.
 
     `SEQUENTIAL` (paper eq. 70, 73): the MLPs of a block are one chain. Every level starts at the
     base, which training learns through them all, and none begins again.
