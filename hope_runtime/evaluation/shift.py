@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from hope_runtime.evaluation.drawn import Drawn, Ids
 
 WORDS = 12  # of each kind
 STATEMENT = 3  # tokens
@@ -39,16 +39,6 @@ NAME = len(Verb)  # the first name
 CODE = NAME + WORDS  # the first of another kind of names
 VALUE = CODE + WORDS
 VOCABULARY = VALUE + WORDS
-
-Ids = NDArray[np.int64]
-
-
-class Drawn(NamedTuple):
-    """Some sessions, and which of their tokens are answers."""
-
-    tokens: Ids  # [B, T]
-    scored: NDArray[np.bool_]  # [B, T]
-
 
 Task = Callable[[np.random.Generator, int, int], Drawn]  # (chance, sessions, tokens)
 

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hope_runtime.evaluation.shift import TASKS, VALUE, VOCABULARY, Drawn, Verb
+from hope_runtime.evaluation.drawn import Drawn
+from hope_runtime.evaluation.shift import TASKS, VALUE, VOCABULARY, Verb
 
 LENGTHS = [36, 45, 47, 60]
 
@@ -94,7 +95,7 @@ def test_noisy_answers_are_the_last_or_the_most_frequent_observation():
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", TASKS)
 def test_what_is_scored_are_the_answers_and_only_they(name: str, length: int):
-    tokens, scored = draw(name, length)
+    tokens, scored, _ = draw(name, length)
     assert tokens.shape == scored.shape == (40, length)
     assert tokens.min() >= 0
     assert tokens.max() < VOCABULARY
