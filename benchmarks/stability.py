@@ -61,6 +61,8 @@ def served() -> Iterator[Subject]:
         replace(SERVED, modifies=False, erases=1.0),
         limits=True,
     )
+    turning = replace(SERVED, rate_max=0.99, retain_min=0.99)
+    yield memory("rates to 0.99, gates at their limits", turning, limits=True)
     yield memory("paper's gains, kept in bfloat16", SERVED, dtype=torch.bfloat16)
 
 

@@ -180,15 +180,21 @@ class Rule:
     def unsafe(self) -> str | None:
         """Say why a session's memory could blow up or die under this rule; None: it is bounded."""
         if self.anchored:
-            return "the gradient at the anchor blows up under adversarial input (eq. 90, 93)"
+            return (
+                "the gradient at the anchor (eq. 90, 93) blows up under adversarial input "
+                "unless it is clipped, and gains nothing"
+            )
         if self.decay_to_zero:
             return "decay to zero kills the projections within 8,000 tokens"
         if not self.normalise_value:
-            return "values that are not normalised grow without bound through their own memory"
-        if self.erases * self.rate_max > 1.0:
             return (
-                f"rate_max {self.rate_max} with {self.erases:g} erasures turns what a key recalls "
-                "around at each step, and can grow"
+                "values that are not normalised feed back through their own memory: unless targets "
+                "are clipped they grow without bound"
+            )
+        if self.erases * self.rate_max > 2.0 * self.retain_min:
+            return (
+                f"rate_max {self.rate_max} with {self.erases:g} erasures and retain_min "
+                f"{self.retain_min} can turn what a key recalls into more than its opposite"
             )
         if self.retain_max >= 1.0 or self.memory_norm is None or self.target_norm is None:
             return "without retain_max < 1, target_norm and memory_norm nothing bounds the memory"

@@ -22,9 +22,9 @@ MEMORIES = {
     ),
     "titans": MemoryConfig(HEADS, HEAD_WIDTH, rule=Rule(chunk=CHUNK), form=Form.TITANS),
     "frozen": MemoryConfig(HEADS, HEAD_WIDTH, rule=Rule(chunk=CHUNK, rate_max=0.0)),
-    # what a key recalls may be turned around: it can track a state, and is not served
+    # what a key recalls may be turned around, nearly to its opposite: it can track a state
     "reflecting": MemoryConfig(
-        HEADS, HEAD_WIDTH, rule=Rule(chunk=CHUNK, rate_max=1.0, reference=True)
+        HEADS, HEAD_WIDTH, rule=Rule(chunk=CHUNK, rate_max=0.99, retain_min=0.99)
     ),
 }
 ABOUT = {
@@ -33,7 +33,7 @@ ABOUT = {
     "titans": "Titans: static projections, momentum, gradient at the chunk's start",
     "transformer": "attention over everything that was read",
     "frozen": "HOPE whose memory is never written: convolution and MLPs alone",
-    "reflecting": "HOPE with rates up to 1, for study: it may grow, and is never served",
+    "reflecting": "HOPE with rates up to 0.99: a write can turn around what a key recalls",
 }
 USUAL = ("hope", "delta", "titans", "transformer", "frozen")  # if none are named
 

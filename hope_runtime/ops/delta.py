@@ -49,8 +49,8 @@ def chunk(
     """Return what `naive` returns, with products of whole matrices.
 
     The change that token t makes to the memory is w_t k_t^T; all w solve one triangular system
-    (hope.md 2.3). Ratios of retention are exponentials of differences of sums of logarithms, all
-    of them at most one; raw products are never divided.
+    (as in arXiv 2412.06464). Ratios of retention are exponentials of differences of sums of
+    logarithms, all of them at most one; raw products are never divided.
     """
     tokens = keys.shape[-2]
     logs = retain.log().cumsum(-1)  # of g_t, what is left after t tokens

@@ -54,6 +54,9 @@ def read_native(path: Path) -> Checkpoint:
             f"{file}: not a readable safetensors file: {error}; train or download it again"
         ) from error
     require(path, config, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    for key, tensor in weights.items():  # the memory's bound holds for gains that are numbers
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {key!r} is not finite; train or download it again")
     tokenizer = directory_tokenizer(path, fields, config.vocabulary)
     name = path.absolute().name
     parts = _parts(config, tokenizer, file)

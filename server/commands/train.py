@@ -64,6 +64,9 @@ def native(
     unroll: Annotated[
         bool, typer.Option(help="second order: through what memory did to its projections")
     ] = False,
+    levels: Annotated[
+        bool, typer.Option("--levels", help="let slow levels learn while rows are read (slower)")
+    ] = False,
     seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
@@ -225,6 +228,7 @@ def _recipe(asked: dict[str, Any]) -> loop.Recipe:
         rate=rate,
         vector_rate=asked["vector_rate"],
         unroll=asked["unroll"],
+        levels=asked["levels"],
         seed=asked["seed"],
     )
 
@@ -238,7 +242,7 @@ def _config(asked: dict[str, Any], vocabulary: int) -> HopeConfig:
         raise Refusal(f"--mixers {unknown[0]!r} is none; known are {', '.join(Mixer)}")
     each = tuple(Mixer(name) for name in (names if len(names) > 1 else names * asked["blocks"]))
     attends = Mixer.ATTENTION in each
-    return HopeConfig(
+    config = HopeConfig(
         vocabulary=vocabulary,
         width=asked["width"],
         blocks=asked["blocks"],
@@ -253,6 +257,7 @@ def _config(asked: dict[str, Any], vocabulary: int) -> HopeConfig:
         memory=MemoryConfig(asked["heads"], asked["head_width"], rule=Rule(chunk=asked["chunk"])),
         chain=asked["chain"],
     )
+    return config.native() if asked["levels"] else config
 
 
 def _continued(
@@ -275,4 +280,5 @@ def _continued(
 def _write(to: Path, config: HopeConfig, progress: loop.Progress, length: int) -> None:
     from hope_runtime.weights.native import write_native
 
-    write_native(to, config.native(), progress.params, context=length)
+    served = config if config.levels else config.native()
+    write_native(to, served, progress.params, context=length)

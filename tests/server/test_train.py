@@ -105,6 +105,15 @@ def test_any_mixture_of_mixers_is_trained(story, tmp_path):
     assert weights.read(tmp_path / "m").config.mixers == ("attention", "memory")
 
 
+def test_levels_may_learn_while_rows_are_read(story, tmp_path):
+    args = (story, "--out", tmp_path / "m", "--steps", 2, "--tokens", 320, "--length", 160)
+
+    done = typed(*args, "--levels", *SMALL)
+
+    assert done.exit_code == 0, done.output
+    assert [level.chunk for level in weights.read(tmp_path / "m").config.levels] == [128, 512]
+
+
 def test_a_run_that_was_killed_ends_as_one_that_was_not(story, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert text_run(story, whole, 60).exit_code == 0

@@ -45,7 +45,11 @@ def test_the_bound_holds_where_the_cap_bites_at_every_chunk(limit, passage):
     assert limit < max(found.peaks.values()) <= proven(rule, passage) * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("rule", [SERVED, replace(SERVED, erases=1.0)], ids=["twice", "once"])
+@pytest.mark.parametrize(
+    "rule",
+    [SERVED, replace(SERVED, erases=1.0), replace(SERVED, rate_max=0.99, retain_min=0.99)],
+    ids=["twice", "once", "turned around"],
+)
 def test_one_write_takes_and_adds_no_more_than_the_proof_says(rule):
     """|G'| <= retain |G| + rate (target_norm + erases |s|), token by token, from any G."""
     source = torch.Generator().manual_seed(0)
