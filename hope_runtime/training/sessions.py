@@ -68,7 +68,7 @@ STAGES = (
     Stage(length=384, facts=(2, 6), near=0.35),
     Stage(length=512, facts=(2, 10), near=0.25, filler=0.2),
     Stage(length=512, facts=(6, 14), near=0.15, late=0.4, filler=0.05),
-    Stage(length=1024, facts=(8, 20), near=0.1, late=0.5, filler=0.15),
+    Stage(length=2048, facts=(6, 12), near=0.05, late=0.9, filler=0.7),
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from hope_runtime.training.loop import Batch, Source, TrainingError
 from hope_runtime.training.sessions import STAGES, Material, Stage, rows
 
-SHARES = (0.03, 0.06, 0.15, 0.34, 0.25, 0.17)  # of the run, for each of `STAGES`
+SHARES = (0.03, 0.06, 0.15, 0.34, 0.21, 0.21)  # of the run, for each of `STAGES`
 
 
 def curriculum(
