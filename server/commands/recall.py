@@ -96,7 +96,7 @@ def _recall(
                 out.print(f"[dim]{answer.question}[/dim] {answer.said} [dim]({answer.value})[/dim]")
     out.print(table)
     if to is not None:
-        to.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        to.write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
 def _figures(answers: Sequence[Answer]) -> tuple[str, str, str]:
