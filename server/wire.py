@@ -420,7 +420,7 @@ class ModelCard(Wire):
     fingerprint: str
     window: int | None  # tokens of attention; null where no block attends
     sinks: int | None
-    memory: dict[str, Any] | None  # of the blocks that remember; null where none does
+    memory: dict[str, Any] | None = None  # of the blocks that remember; null where none does
     dtype: str
     device: str
     levels: list[dict[str, Any]]
