@@ -12,7 +12,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -73,6 +74,7 @@ CONTENDERS = {
         chunk=None,
     ),
     "small gain": Contender("hope, gain learned from 0.1", modification=0.1, rated_as="hope"),
+    "large gain": Contender("hope, gain learned from 4", modification=4.0, rated_as="hope"),
     "chunk 3": Contender("hope, chunks of 3", chunk=3, rated_as="hope"),
     "chunk 32": Contender("hope, chunks of 32, as served", chunk=32, rated_as="hope"),
     "one chunk": Contender("hope, the session one chunk", chunk=None, rated_as="hope"),
@@ -102,9 +104,9 @@ class Setting:
 
 
 SETTINGS = {
-    "codebook": Setting(45, 9, 150, contenders=tuple(CONTENDERS)),
+    "codebook": Setting(45, 9, 150, contenders=tuple(n for n in CONTENDERS if n != "large gain")),
     "aliases": Setting(45, 3, 150),
-    "hops": Setting(45, 3, 150),
+    "hops": Setting(45, 3, 150, contenders=(*MAIN, "large gain")),
     "copies": Setting(45, 3, 150),
     "swaps": Setting(36, 3, 150),
     "hold": Setting(45, 3, 150, contenders=("hope", "delta")),
@@ -137,7 +139,7 @@ def main() -> None:
         console.print(table(task, names, runs))
 
 
-def _due(runs: list[Record], task: str, name: str, seeds: int) -> Any:
+def _due(runs: list[Record], task: str, name: str, seeds: int) -> Iterator[tuple[int, float]]:
     """Yield seed and rate of what is not kept yet; the rate is chosen between the first two."""
 
     def kept(seed: int, rate: float) -> bool:
@@ -167,8 +169,8 @@ def run(task: str, name: str, seed: int, rate: float) -> Record:
     draw = shift.TASKS[task]
 
     def source(chance: np.random.Generator, _: float) -> Batch:
-        tokens, scored, _ = draw(chance, setting.batch, setting.length)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(scored).float())
+        drawn = draw(chance, setting.batch, setting.length)
+        return Batch(torch.from_numpy(drawn.tokens), torch.from_numpy(drawn.scored).float())
 
     began = time.process_time()
     progress = loop.begin(shape, recipe)
@@ -300,18 +302,17 @@ def answered(shape: HopeConfig, params: Mapping[str, Tensor], asked: Drawn) -> t
 def guessed(asked: Drawn) -> float:
     """Return how often one is right who knows which values are left, and not whose they are.
 
-    Only where each answer is the one value of its own that the session told.
+    Only for tasks in which every value that is told is one thing's for good.
     """
-    right = []
+    right: list[float] = []
     for session, scored in zip(asked.tokens, asked.scored, strict=True):
-        told = session[: int(np.flatnonzero(scored)[0])]
-        left = [int(token) for token in told if token >= shift.VALUE]
-        for answer in session[scored]:
-            right.append(left.count(int(answer)) == max(left.count(value) for value in left))
-            # among values that are left equally often, any is as good
-            best = {v for v in left if left.count(v) == max(left.count(w) for w in left)}
-            right[-1] = right[-1] / len(best)
-            left.remove(int(answer))
+        told = session[: np.flatnonzero(scored)[0]]
+        left = Counter(told[told >= shift.VALUE].tolist())
+        for answer in session[scored].tolist():
+            most = max(left.values())
+            best = [value for value, count in left.items() if count == most]
+            right.append((answer in best) / len(best))
+            left[answer] -= 1
     return statistics.fmean(right)
 
 
