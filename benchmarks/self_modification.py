@@ -109,7 +109,7 @@ SETTINGS = {
     "hops": Setting(45, 3, 150, contenders=(*MAIN, "large gain")),
     "copies": Setting(45, 3, 150),
     "swaps": Setting(36, 3, 150),
-    "hold": Setting(45, 3, 150, contenders=("hope", "unmodified", "delta", "delta, longer")),
+    "hold": Setting(45, 3, 150, contenders=("hope", "delta")),
     "first": Setting(45, 3, 150, contenders=("hope", "delta")),
     "noisy": Setting(72, 3, 150, contenders=("hope", "delta")),
 }
