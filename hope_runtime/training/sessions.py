@@ -18,7 +18,7 @@ from hope_runtime.tokenizer import Tokenizer
 from hope_runtime.training import personas
 from hope_runtime.training.corpora import Chat
 from hope_runtime.training.personas import Fact, Line, Part
-from hope_runtime.training.vocabulary import END_ID, ROLE_IDS
+from hope_runtime.training.vocabulary import END_ID, ROLE_IDS, require_layout
 
 __all__ = ["STAGES", "Material", "Probe", "Session", "Stage", "build", "probe", "rows"]
 
@@ -78,6 +78,7 @@ class Material:
     def __init__(self, tokenizer: Tokenizer, chats: Sequence[Chat]) -> None:
         if not chats:
             raise ValueError("no chats to fill rows with; give at least one")
+        require_layout(tokenizer)
         self._tokenizer = tokenizer
         self._chats = chats
         self._encoded: dict[tuple[int, int], Row] = {}

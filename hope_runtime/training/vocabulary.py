@@ -16,7 +16,7 @@ from numpy.random import default_rng
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from hope_runtime.tokenizer import Tokenizer
+from hope_runtime.tokenizer import Message, Role, Tokenizer
 from hope_runtime.training import personas
 from hope_runtime.training.corpora import Chat
 
@@ -45,6 +45,22 @@ def train_vocabulary(
     """Train on chats, made-up dialogues and texts; equal seeds give equal tokens."""
     backend = _backend(chain(texts, _texts(chats, seed)), size)
     return Tokenizer(backend, template=TEMPLATE, eos=END)
+
+
+def require_layout(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that lays chats out in another way: rows are put together from ids.
+
+    Raises:
+        ValueError: it was not made by `train_vocabulary`.
+    """
+    text = tuple(tokenizer.encode("Hi"))
+    expected = (ROLE_IDS["user"], *text, END_ID, ROLE_IDS["assistant"])
+    spans = tokenizer.opening([Message(Role.USER, "Hi")])
+    if tuple(id for span in spans for id in span.ids) != expected:
+        raise ValueError(
+            "the tokenizer lays chats out in another way than those of hope train; take one that "
+            "hope train made"
+        )
 
 
 def save_vocabulary(tokenizer: Tokenizer, directory: Path) -> None:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
 
 
 def recall(
-    model: Annotated[str, typer.Option(help="as for hope serve")] = "hope-nano",
+    model: Annotated[
+        str, typer.Option(help="hope-nano, or one that hope train made")
+    ] = "hope-nano",
     data: Annotated[
         Path | None, typer.Option(help="chats to be said in between; none: a hundred come with it")
     ] = None,

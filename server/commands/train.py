@@ -56,7 +56,7 @@ def native(
     chunk: Annotated[int, typer.Option(help="tokens of a memory's chunk")] = 32,
     vocabulary: Annotated[int, typer.Option(help="tokens to learn, if no --tokenizer")] = 3072,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="directory with a tokenizer to use as it is")
+        Path | None, typer.Option(help="directory with a tokenizer of an earlier hope train")
     ] = None,
     optimiser: Annotated[str, typer.Option(help="of matrices: muon, m3, adamw, ...")] = "muon",
     rate: Annotated[float | None, typer.Option(help="of matrices; its default suits")] = None,
@@ -192,7 +192,11 @@ def _bar(steps: int, done: int) -> Progress:
 
 def _tokenizer(to: Path, corpus: Corpus, asked: dict[str, Any]) -> Tokenizer:
     """Read the run's own tokenizer, or the one asked for, or learn one; the run keeps it."""
-    from hope_runtime.training.vocabulary import save_vocabulary, train_vocabulary
+    from hope_runtime.training.vocabulary import (
+        require_layout,
+        save_vocabulary,
+        train_vocabulary,
+    )
     from hope_runtime.weights.huggingface_tokenizer import directory_tokenizer
     from hope_runtime.weights.json_file import Fields
 
@@ -203,6 +207,7 @@ def _tokenizer(to: Path, corpus: Corpus, asked: dict[str, Any]) -> Tokenizer:
         return kept(to)
     if given := asked["tokenizer"]:
         learned = kept(given)
+        require_layout(learned)
     else:
         learned = train_vocabulary(
             corpus.chats.train, corpus.texts, asked["vocabulary"], asked["seed"]

@@ -8,9 +8,10 @@ import pytest
 from hope_runtime.tokenizer import Message, Role, Tokenizer
 from hope_runtime.training.corpora import read_chats
 from hope_runtime.training.facts import CITIES, NAMES, PETS
-from hope_runtime.training.vocabulary import save_vocabulary, train_vocabulary
+from hope_runtime.training.vocabulary import require_layout, save_vocabulary, train_vocabulary
 from hope_runtime.weights.huggingface_tokenizer import directory_tokenizer
 from hope_runtime.weights.json_file import Fields
+from hope_runtime.weights.random import byte_tokenizer
 
 TEXTS = [
     "My dog's name is Rex.",
@@ -84,3 +85,10 @@ def test_a_trained_vocabulary_loads_again(tmp_path: Path):
     assert loaded.vocabulary == 400
     assert loaded.encode("My dog is Rex.") == trained.encode("My dog is Rex.")
     assert loaded.to_json() == train_vocabulary(chats, size=400, seed=0).to_json()
+
+
+def test_a_tokenizer_that_lays_chats_out_otherwise_is_refused(tokenizer: Tokenizer):
+    require_layout(tokenizer)
+
+    with pytest.raises(ValueError, match="lays chats out in another way"):
+        require_layout(byte_tokenizer())
