@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from torch import Tensor, int8
+
+from hope_runtime.storage import scale_name, unpacked
 
 
 class StateError(ValueError):
@@ -32,3 +34,16 @@ def take(name: str, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, .
     if not bool(tensor.isfinite().all()):
         raise StateError(f"blob {name!r}: {key} is not finite")
     return tensor
+
+
+def unpack(name: str, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of a blob in float32 (or wider), in whichever form it was written."""
+    tensor = take(name, tensors, key, shape)
+    if tensor.dtype is int8:
+        scale = take(name, tensors, scale_name(key), shape[:-1])
+        if not scale.is_floating_point() or bool((scale < 0.0).any()):
+            raise StateError(f"blob {name!r}: {scale_name(key)} is not a scale")
+    whole = unpacked(key, tensors)
+    if tensor.dtype is int8 and not bool(whole.isfinite().all()):
+        raise StateError(f"blob {name!r}: {key} is not finite")
+    return whole

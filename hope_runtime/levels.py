@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hope_runtime.config import HopeConfig, LevelConfig
 from hope_runtime.layers.cms import Deltas, mlp_name
 from hope_runtime.ops import optimisers
 from hope_runtime.ops.optimisers import OptimiserState
+from hope_runtime.storage import Form, packed, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,25 @@ def level_shapes(config: HopeConfig, level: str) -> dict[str, tuple[int, int]]:
 # --- at rest ----------------------------------------------------------------------------------
 
 
+def settled(level: LevelState, form: Form) -> LevelState:
+    """Return a level as it is once it was written with its delta in this form and read back.
+
+    What a nested level begins again from is written as it is, and so is a delta that is just that.
+    """
+    if form is Form.FP32 or level.delta is level.start or not level.delta:
+        return level
+    return replace(level, delta={name: rounded(d, form) for name, d in level.delta.items()})
+
+
+def written(level: LevelState, form: Form) -> dict[str, Tensor]:
+    """Return a level's tensors as they are written, its delta in this form."""
+    held = level.tensors
+    if level.delta is not level.start:
+        for name, delta in level.delta.items():
+            held |= packed(name, delta, form)
+    return held
+
+
 def facts_of(level: LevelState) -> dict[str, Any]:
     """Return a level without its tensors; what few levels have is there only where it is."""
     facts: dict[str, Any] = {
@@ -123,7 +143,7 @@ def restored(
     shapes = level_shapes(config, name)
 
     def take(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        each = ((key, blobs.take(blob, tensors, prefix + key, s)) for key, s in shapes.items())
+        each = ((key, blobs.unpack(blob, tensors, prefix + key, s)) for key, s in shapes.items())
         return {key: tensor.float() for key, tensor in each}
 
     moments = None

@@ -14,19 +14,21 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import dropwhile, islice, pairwise, takewhile
+from operator import is_
 from typing import Any
 
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hope_runtime.blobs import StateError, read, take
+from hope_runtime.blobs import StateError, read, take, unpack
 from hope_runtime.cadence import Due, horizon, marked
 from hope_runtime.config import HopeConfig, LevelConfig
 from hope_runtime.layers import memory
 from hope_runtime.layers.cms import Deltas
 from hope_runtime.layers.memory import Memories
-from hope_runtime.levels import LevelState, facts_of, restored
+from hope_runtime.levels import LevelState, facts_of, restored, settled, written
+from hope_runtime.storage import EXACT, Form, Storage, packed, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,9 @@ def compact(state: State, since: int, config: HopeConfig) -> State:
 
 # --- at rest ----------------------------------------------------------------------------------
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # 1 wrote all numbers as they are; what it wrote reads as it did
+MATRICES = ("live", "anchor", "velocity")  # of memories; the ring is context, and stays as it is
 
 
 def mark_name(position: int) -> str:
@@ -168,35 +172,69 @@ def piece_name(start: int, end: int) -> str:
     return f"window/{start:012d}-{end:012d}"
 
 
-def dump(state: State, stored: State | None) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
-    """Return small facts, new blobs, and the names of blobs already `stored` and still in use."""
-    held: dict[str, object] = {}
-    if stored is not None:
-        held = {piece_name(p.start, p.end): p for p in stored.pieces}
-        held |= {"sinks": stored.sinks}
-        held |= {f"level/{name}": level.delta for name, level in stored.levels.items()}
-        held |= {"memory": stored.memories}
-        held |= {mark_name(mark.position): mark for mark in stored.marks}
+def level_name(name: str) -> str:
+    return f"level/{name}"
+
+
+def settle(state: State, since: State | None, storage: Storage) -> State:
+    """Return the state as it is once stored: what `dump` will write anew is what will be read.
+
+    Give `dump` the result, with the same `storage`, and let the session go on from it: then it
+    makes no difference whether it stays or is read again. What did not change `since` the last
+    commit stays the object it is, in whichever form it was written. Keys, values and all else
+    that is no learned matrix is written as it is.
+    """
+    held, form = _named(since), storage.memory
+    levels = {
+        name: level
+        if held.get(level_name(name)) is level.delta
+        else settled(level, storage.level(name))
+        for name, level in state.levels.items()
+    }
+    memories = state.memories
+    if memories is not None and held.get("memory") is not memories:
+        memories = _rounded(memories, form)
+    # one at the end of what was read holds what the next token finds: both are rounded alike
+    marks = tuple(
+        mark if held.get(mark_name(mark.position)) is mark else _rounded_mark(mark, form)
+        for mark in state.marks
+    )
+    before = (*state.levels.values(), state.memories, *state.marks)
+    if all(map(is_, before, (*levels.values(), memories, *marks))):
+        return state
+    return replace(state, levels=levels, memories=memories, marks=marks)
+
+
+def dump(
+    state: State, stored: State | None, storage: Storage = EXACT
+) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
+    """Return small facts, new blobs, and the names of blobs already `stored` and still in use.
+
+    What is in another form than fp32 should have been settled before.
+    """
+    held = _named(stored)
     put: dict[str, bytes] = {}
     keep: set[str] = set()
 
-    def place(name: str, value: object, tensors: Mapping[str, Tensor]) -> None:
-        if name in held and held[name] is value:
+    def kept(name: str, value: object) -> bool:
+        if held.get(name) is value:
             keep.add(name)
-        else:
-            put[name] = save_tensors({k: t.contiguous().cpu() for k, t in tensors.items()})
+        return name in keep
 
-    if state.sinks is not None:
-        place("sinks", state.sinks, _tensors(state.sinks))
+    if state.sinks is not None and not kept("sinks", state.sinks):
+        put["sinks"] = _blob(_tensors(state.sinks))
     for piece in state.pieces:
-        place(piece_name(piece.start, piece.end), piece, _tensors(piece))
-    for name, level in state.levels.items():
-        if tensors := level.tensors:  # start and moments change with the delta only
-            place(f"level/{name}", level.delta, tensors)
-    if state.memories is not None:
-        place("memory", state.memories, state.memories._asdict())
+        if not kept(name := piece_name(piece.start, piece.end), piece):
+            put[name] = _blob(_tensors(piece))
+    for level, learned in state.levels.items():
+        # start and moments change with the delta only
+        if learned.tensors and not kept(name := level_name(level), learned.delta):
+            put[name] = _blob(written(learned, storage.level(level)))
+    if state.memories is not None and not kept("memory", state.memories):
+        put["memory"] = _blob(_written(state.memories, storage.memory))
     for mark in state.marks:
-        place(mark_name(mark.position), mark, mark.memories._asdict())
+        if not kept(name := mark_name(mark.position), mark):
+            put[name] = _blob(_written(mark.memories, storage.memory))
     facts = {
         "format": FORMAT,
         "position": state.position,
@@ -219,8 +257,9 @@ def restore(
     Raises:
         StateError: a blob is missing, unreadable, of the wrong shape, or not finite.
     """
-    if facts.get("format") != FORMAT:
-        raise StateError(f"state format {facts.get('format')!r} is not {FORMAT}")
+    if facts.get("format") not in READABLE:
+        known = " or ".join(map(str, READABLE))
+        raise StateError(f"state format {facts.get('format')!r} is not {known}")
     position = int(facts["position"])
     ends = [*(int(start) for start in facts["pieces"]), position]
     if position and len(ends) == 1:
@@ -267,6 +306,42 @@ def _own(levels: Sequence[Mapping[str, Any]], config: HopeConfig) -> tuple[Level
     except (TypeError, KeyError, ValueError) as error:
         raise StateError(f"the session's own levels do not suit the model: {error}") from error
     return own
+
+
+def _named(state: State | None) -> dict[str, object]:
+    """Return the parts of a stored state by the names of their blobs; a new object is a new one."""
+    if state is None:
+        return {}
+    return {
+        "sinks": state.sinks,
+        "memory": state.memories,
+        **{piece_name(piece.start, piece.end): piece for piece in state.pieces},
+        **{level_name(name): level.delta for name, level in state.levels.items()},
+        **{mark_name(mark.position): mark for mark in state.marks},
+    }
+
+
+def _blob(tensors: Mapping[str, Tensor]) -> bytes:
+    return save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+
+
+def _rounded(memories: Memories, form: Form) -> Memories:
+    """Return what is read back of memories that are written in this form."""
+    if form is Form.FP32:
+        return memories
+    return memories._replace(**{name: rounded(getattr(memories, name), form) for name in MATRICES})
+
+
+def _rounded_mark(mark: Mark, form: Form) -> Mark:
+    return mark if form is Form.FP32 else replace(mark, memories=_rounded(mark.memories, form))
+
+
+def _written(memories: Memories, form: Form) -> dict[str, Tensor]:
+    """Return the tensors of memories as they are written, their matrices in this form."""
+    tensors = memories._asdict()
+    for name in MATRICES:
+        tensors |= packed(name, tensors[name], form)
+    return tensors
 
 
 def _tensors(piece: Piece) -> dict[str, Tensor]:
@@ -318,7 +393,7 @@ def _memories(
     empty = memory.empty(config.memory, blocks, torch.empty(0, dtype=dtype))
     return Memories(
         *(
-            take(name, tensors, key, tuple(like.shape)).to(like.dtype)
+            unpack(name, tensors, key, tuple(like.shape)).to(like.dtype)
             for key, like in empty._asdict().items()
         )
     )

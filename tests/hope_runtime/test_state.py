@@ -30,8 +30,10 @@ from hope_runtime.state import (
     extend,
     join,
     restore,
+    settle,
     trim,
 )
+from hope_runtime.storage import Form, Storage
 from hope_runtime.weights.random import tiny_config, tiny_mixed, tiny_native
 
 SMALL = {"width": 8, "hidden": 8}
@@ -362,8 +364,8 @@ def test_memories_are_no_part_of_a_model_that_only_attends():
 
 
 def test_another_format_is_refused():
-    with pytest.raises(StateError, match="format 2"):
-        restored({**GOOD, "format": 2}, BLOBS)
+    with pytest.raises(StateError, match="format 3"):
+        restored({**GOOD, "format": 3}, BLOBS)
 
 
 @settings(max_examples=300, deadline=None)
@@ -375,6 +377,107 @@ def test_a_changed_byte_is_either_only_a_number_or_an_error_that_names_the_blob(
 
     try:
         restored(GOOD, {**BLOBS, name: bytes(damaged)})
+    except StateError as error:
+        message = str(error)
+    else:
+        message = f"no error for {name!r}"
+
+    assert repr(name) in message
+
+
+# --- damage to what is written in fewer bits ----------------------------------------------------
+
+
+def in_form(form):
+    storage = Storage(memory=form, every=form)
+    return dump(settle(take_turn(session(), (5,)), None, storage), None, storage)[1]
+
+
+INT8, BF16 = in_form(Form.INT8), in_form(Form.BF16)
+SCALES = [
+    (name, part)
+    for name, blob in sorted(INT8.items())
+    for part, tensor in load_tensors(blob).items()
+    if part.endswith(".scale") and tensor.numel()
+]
+each_scale = pytest.mark.parametrize(("name", "part"), SCALES)
+
+
+def scaled(name, part, change):
+    """Return the int8 blobs with something done to the scales of one tensor."""
+    tensors = load_tensors(INT8[name])
+    tensors[part] = change(tensors[part].clone())
+    return {**INT8, name: save_tensors({key: t for key, t in tensors.items() if t is not None})}
+
+
+def last(value):
+    def change(scale):
+        scale.view(-1)[-1] = value
+        return scale
+
+    return change
+
+
+def test_the_session_in_fewer_bits_has_scales_of_levels_of_the_memory_and_of_marks():
+    assert {name.partition("/")[0] for name, _ in SCALES} == {"level", "memory", "mark"}
+    restored(GOOD, INT8)
+    restored(GOOD, BF16)
+
+
+@each_scale
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scale: None, "found nothing"),
+        (lambda scale: scale[:-1], r"should be \(.*\), found \("),
+        (lambda scale: scale[..., None], r"should be \(.*\), found \("),
+        (last(torch.nan), "is not finite"),
+        (last(torch.inf), "is not finite"),
+        (last(-1e-9), "is not a scale"),
+        (lambda scale: scale.to(torch.int8), "is not a scale"),
+    ],
+    ids=["missing", "a row short", "an axis more", "nan", "infinite", "negative", "no numbers"],
+)
+def test_scales_that_cannot_be_are_named(name, part, change, message):
+    blobs = scaled(name, part, change)
+
+    assert_damaged(name, blobs)
+    with pytest.raises(StateError, match=f"{part} {message}|{part} .*{message}"):
+        restored(GOOD, blobs)
+
+
+@each_scale
+def test_a_scale_that_makes_numbers_too_large_is_named(name, part):
+    assert_damaged(name, scaled(name, part, lambda scale: torch.full_like(scale, 3e38)))
+
+
+@each_scale
+def test_codes_of_another_shape_are_named(name, part):
+    whole = part.removesuffix(".scale")
+    codes = load_tensors(INT8[name])[whole]
+    tensors = {**load_tensors(INT8[name]), whole: torch.cat([codes, codes[:1]])}
+
+    assert_damaged(name, {**INT8, name: save_tensors(tensors)})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if INT8[name] != BLOBS[name]])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_number_in_bfloat16_that_is_not_finite_is_named(name, value):
+    for part, tensor in load_tensors(BF16[name]).items():
+        if tensor.dtype is torch.bfloat16 and tensor.numel():
+            tensor.view(-1)[-1] = value
+            tensors = {**load_tensors(BF16[name]), part: tensor}
+            assert_damaged(name, {**BF16, name: save_tensors(tensors)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([INT8, BF16]), st.sampled_from(NAMES), st.integers(0), st.integers(1, 255))
+def test_a_changed_byte_in_fewer_bits_is_only_a_number_too_or_an_error(blobs, name, at, by):
+    damaged = bytearray(blobs[name])
+    damaged[at % len(damaged)] ^= by
+
+    try:
+        restored(GOOD, {**blobs, name: bytes(damaged)})
     except StateError as error:
         message = str(error)
     else:
