@@ -23,7 +23,7 @@ else:
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 FIELD = 1 << 20  # bytes; larger values stall the server and every client that shares it
 
 _LEVEL = 1
@@ -78,6 +78,9 @@ class Manifest:
     updated: float
     meta: Meta
     blobs: Mapping[str, Blob]
+    owner: str | None
+    chain: str  # rolling digest of the ids of all turns
+    undone: tuple[tuple[int, int], ...]  # versions (after, up to) whose turns were rolled back
 
     def head(self, key: SessionKey) -> Head:
         blobs = {name: BlobInfo(blob.length, blob.stored) for name, blob in self.blobs.items()}
@@ -90,7 +93,14 @@ class Manifest:
             updated=self.updated,
             meta=self.meta,
             blobs=blobs,
+            owner=self.owner,
+            chain=self.chain,
         )
+
+    def includes(self, version: int) -> bool:
+        """Tell whether what was recorded at some version is part of the session as of this one."""
+        rolled_back = any(after < version <= last for after, last in self.undone)
+        return version <= self.version and not rolled_back
 
 
 def pack(raw: bytes) -> Packed:
@@ -150,7 +160,9 @@ def decode_manifest(session: str, data: bytes) -> Manifest:
     try:
         content = json.loads(body)
         found = content.pop("format")
-        if found == FORMAT:
+        for older in range(found, FORMAT):
+            content = _MIGRATIONS[older](content)
+        if found <= FORMAT:
             return _manifest(content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Corrupt(session, f"manifest: {error}") from error
@@ -185,7 +197,17 @@ def _decode(session: str, name: str, blob: Blob, data: bytes) -> bytes:
 
 def _manifest(content: dict[str, Any]) -> Manifest:
     blobs = {name: Blob(**entry) for name, entry in content.pop("blobs").items()}
-    return Manifest(blobs=blobs, **content)
+    undone = tuple((int(after), int(last)) for after, last in content.pop("undone"))
+    return Manifest(blobs=blobs, undone=undone, **content)
+
+
+def _from_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Before format 2 nothing could be rolled back, and no session had an owner."""
+    return {**content, "owner": None, "chain": "", "undone": []}
+
+
+# from each format that was ever written to the next one
+_MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
 
 
 def _checksum_line(body: bytes) -> bytes:

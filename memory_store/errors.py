@@ -3,6 +3,11 @@
 StoreError
 ├── NotFound        no such session (or another tenant's: the two look the same)
 ├── Deleted         the session was deleted; its tombstone is still there
+├── NoVersion       the session has no such version any more, or has not had it yet
+├── Held            another server has the session's lease
+├── Fenced          another server has acquired the session since; this one's work is void
+├── Regressed       the store went back: it knows less than it had acknowledged
+├── Repeated        a turn of that id was committed before; nothing was changed
 ├── Conflict        somebody committed first: the expected version is not the stored one
 ├── Incompatible    the snapshot was made by another model or another format
 ├── Corrupt         a blob or manifest does not match its checksum or length
@@ -30,6 +35,49 @@ class Deleted(StoreError):
     def __init__(self, session: str) -> None:
         super().__init__(f"session {session!r} was deleted; choose another id")
         self.session = session
+
+
+class NoVersion(StoreError):
+    def __init__(self, session: str, version: int, *, kept: tuple[int, int]) -> None:
+        oldest, newest = kept
+        super().__init__(
+            f"session {session!r} has no version {version}: versions {oldest} to {newest} are kept"
+        )
+        self.session, self.version, self.kept = session, version, kept
+
+
+class Held(StoreError):
+    def __init__(self, session: str, *, seconds: float) -> None:
+        super().__init__(
+            f"session {session!r} is in use by another server; retry when its turn has ended, "
+            f"or in {seconds:.0f} s should it have died"
+        )
+        self.session, self.seconds = session, seconds
+
+
+class Fenced(StoreError):
+    def __init__(self, session: str) -> None:
+        super().__init__(
+            f"session {session!r} has moved to another server; nothing of this turn was kept"
+        )
+        self.session = session
+
+
+class Regressed(StoreError):
+    def __init__(self, session: str) -> None:
+        super().__init__(
+            f"session {session!r}: the store has gone back to before this server acquired the "
+            "session; nothing of this turn was kept, send it again"
+        )
+        self.session = session
+
+
+class Repeated(StoreError):
+    def __init__(self, session: str, turn_id: str) -> None:
+        super().__init__(
+            f"session {session!r} has committed turn {turn_id!r} before; nothing was changed"
+        )
+        self.session, self.turn_id = session, turn_id
 
 
 class Conflict(StoreError):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from memory_store.link import Link
 
+YOUNG_S = 3600.0  # an entry is written before its session: so long that may still come
+
 
 class Place(NamedTuple):
     """A session's place in the listing; as text it is the cursor of the next page.

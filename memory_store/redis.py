@@ -6,133 +6,165 @@ another one expires by itself.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from memory_store import index
-from memory_store.codec import FIELD, Blob, Manifest, off_the_loop, unpack
-from memory_store.commit import Committer, Step, batches
+from memory_store import index, lease
+from memory_store.commit import Committer
 from memory_store.durability import read_durability, refuse_unsafe
 from memory_store.errors import Corrupt, Deleted, Incompatible, NotFound
 from memory_store.index import Place, check_limit
-from memory_store.keys import Keys
+from memory_store.keys import Keys, heads_of, session_of
 from memory_store.link import Link
-from memory_store.row import decode_row, read_row, row_query
+from memory_store.reader import Reader
+from memory_store.row import decode_row, read_manifest, read_row, row_query
 from memory_store.scripts import script
+from memory_store.seal import Keyring
 from memory_store.snapshot import (
     Change,
     Committed,
     Deletion,
     Durability,
     Head,
+    Lease,
     Page,
     SessionKey,
     Snapshot,
     TurnRecord,
 )
+from memory_store.transcript import read_turn, read_turns
+from memory_store.vault import Vault
 
 _log = logging.getLogger(__name__)
 
+_DELETE = script("delete.lua")
+_MANY = 200  # heads that are asked for in one go
+
 
 class RedisStore:
-    """A `MemoryStore` on a server of Redis 7 or Valkey; make one with `RedisStore.open`."""
+    """A `MemoryStore` on Redis 7 or Valkey: one server, sentinels' master, or a cluster."""
 
-    def __init__(self, link: Link, *, kept_versions: int = 4) -> None:
+    def __init__(
+        self,
+        link: Link,
+        *,
+        kept_versions: int = 4,
+        keyring: Keyring | None = None,
+        replicas: int = 0,
+    ) -> None:
         self._link = link
-        self._committer = Committer(link, kept_versions=kept_versions)
-        self._delete_script = link.client.register_script(script("delete.lua"))
+        self._vault = Vault(keyring)
+        self._reader = Reader(link, self._vault)
+        self._committer = Committer(
+            link, self._vault, kept_versions=kept_versions, replicas=replicas
+        )
 
     @classmethod
     async def open(
-        cls, url: str, *, kept_versions: int = 4, allow_eviction: bool = False
+        cls,
+        url: str,
+        *,
+        kept_versions: int = 4,
+        allow_eviction: bool = False,
+        keyring: Keyring | None = None,
+        replicas: int = 0,
+        patience: float = 5.0,
     ) -> RedisStore:
         """Connect, and read from the server whether it keeps what it acknowledges.
 
         Args:
-            url: redis://, rediss:// or unix://, with credentials where needed.
+            url: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://, with
+                credentials where needed.
             kept_versions: how many older versions stay beside the current one.
             allow_eviction: accept a server that drops sessions when its memory runs out.
+            keyring: what to seal with all that is stored.
+            replicas: how many must have a durable commit on disk, beside the server itself.
+            patience: seconds until a server that says nothing counts as silent.
 
         Raises:
             ValueError: the address cannot be read.
             Unavailable: nothing answers there.
             Unsafe: the server would lose sessions silently, or is too old.
         """
-        link = Link(url)
+        link = Link(url, timeout=patience)
         try:
-            store = cls(link, kept_versions=kept_versions)
+            store = cls(link, kept_versions=kept_versions, keyring=keyring, replicas=replicas)
             refuse_unsafe(await store.durability(), allow_eviction=allow_eviction)
         except BaseException:
             await link.close()
             raise
         return store
 
+    async def acquire(self, key: SessionKey, owner: str, *, seconds: float) -> Lease:
+        return await self._link.run(lease.acquire(self._link, key, owner, seconds))
+
+    async def renew(self, held: Lease, *, seconds: float) -> bool:
+        return await self._link.run(lease.renew(self._link, held, seconds))
+
+    async def release(self, held: Lease) -> None:
+        await self._link.run(lease.release(self._link, held))
+
     async def commit(
-        self, key: SessionKey, change: Change, *, expected: int, commit_id: str
+        self,
+        lease: Lease,
+        change: Change,
+        *,
+        expected: int,
+        commit_id: str,
+        durable: bool = False,
     ) -> Committed:
-        work = self._committer.commit(key, change, expected=expected, commit_id=commit_id)
+        work = self._committer.commit(
+            lease, change, expected=expected, commit_id=commit_id, durable=durable
+        )
         return await self._link.run(work)
 
-    async def load(self, key: SessionKey, *, fingerprint: str) -> Snapshot:
-        return await self._link.run(self._load(key, fingerprint))
+    async def load(
+        self, key: SessionKey, *, fingerprint: str, version: int | None = None
+    ) -> Snapshot:
+        reader = self._reader
+        work = (
+            reader.newest(key, fingerprint)
+            if version is None
+            else reader.version(key, fingerprint, version)
+        )
+        return await self._link.run(work)
 
     async def head(self, key: SessionKey) -> Head:
         row = await self._link.run(read_row(self._link, key))
-        return row.manifest().head(key)
+        return row.manifest(self._vault).head(key)
+
+    async def versions(self, key: SessionKey) -> Sequence[Head]:
+        return await self._link.run(self._reader.versions(key))
 
     async def sessions(self, tenant: str, *, cursor: str | None = None, limit: int = 50) -> Page:
         check_limit(limit)
         after = None if cursor is None else Place.parse(cursor)
         return await self._link.run(self._sessions(tenant, after, limit))
 
-    async def turns(self, key: SessionKey, *, limit: int = 200) -> Sequence[TurnRecord]:
+    async def owned(self, tenant: str, owner: str) -> Sequence[SessionKey]:
+        return await self._link.run(self._owned(tenant, owner))
+
+    async def turns(
+        self, key: SessionKey, *, limit: int = 200, version: int | None = None
+    ) -> Sequence[TurnRecord]:
         check_limit(limit)
-        return await self._link.run(self._turns(key, limit))
+        return await self._link.run(self._turns(key, limit, version))
+
+    async def turn(self, key: SessionKey, turn_id: str) -> TurnRecord | None:
+        return await self._link.run(self._turn(key, turn_id))
 
     async def delete(self, key: SessionKey) -> Deletion:
         return await self._link.run(self._delete(key))
 
     async def durability(self) -> Durability:
         link = self._link
-        return await link.run(link.again(lambda: read_durability(link.client, link.where)))
+        return await link.run(link.again(lambda: read_durability(link)))
 
     async def close(self) -> None:
         await self._link.close()
 
-    async def _load(self, key: SessionKey, fingerprint: str) -> Snapshot:
-        manifest = await self._readable(key, fingerprint)
-        try:
-            blobs = await self._blobs(key, manifest)
-        except Corrupt:
-            # Commits may have moved on for so long that a blob of this version has expired.
-            newer = await self._readable(key, fingerprint)
-            if newer.version == manifest.version:
-                raise
-            manifest, blobs = newer, await self._blobs(key, newer)
-        return Snapshot(manifest.head(key), blobs)
-
-    async def _readable(self, key: SessionKey, fingerprint: str) -> Manifest:
-        manifest = (await read_row(self._link, key)).manifest()
-        if manifest.fingerprint != fingerprint:
-            raise Incompatible(key.session, expected=fingerprint, found=manifest.fingerprint)
-        return manifest
-
-    async def _blobs(self, key: SessionKey, manifest: Manifest) -> dict[str, bytes]:
-        keys = Keys(key)
-        steps = [
-            Step(FIELD, (("HGET", keys.blob(blob.id), number),))
-            for blob in manifest.blobs.values()
-            for number in range(blob.fields)
-        ]
-        fields: list[bytes | None] = []
-        for batch in batches(steps):
-            fields += await self._link.ask(batch)
-        return await off_the_loop(
-            sum(blob.length for blob in manifest.blobs.values()),
-            lambda: _unpack_all(key.session, manifest.blobs, fields),
-        )
+    # --- listing ------------------------------------------------------------------------------
 
     async def _sessions(self, tenant: str, after: Place | None, limit: int) -> Page:
         living: list[tuple[Place, Head]] = []
@@ -153,55 +185,64 @@ class RedisStore:
         dead: list[str] = []
         for place, key, found in zip(places, keys, rows, strict=True):
             try:
-                living.append((place, decode_row(key, found).manifest().head(key)))
-            except (NotFound, Deleted):
+                living.append((place, decode_row(key, found).manifest(self._vault).head(key)))
+            except NotFound:
+                if place.updated < time.time() - index.YOUNG_S:  # else it may be about to be made
+                    dead.append(key.session)
+            except Deleted:
                 dead.append(key.session)
             except (Corrupt, Incompatible) as error:
                 _log.warning("left out of the listing: %s", error)
         await index.remove(self._link, tenant, dead)
         return living
 
-    async def _turns(self, key: SessionKey, limit: int) -> list[TurnRecord]:
-        if not (await read_row(self._link, key)).version:
-            raise NotFound(key.session)
-        items = Keys(key).items
-        [last] = await self._link.ask([("HGET", items, "n")])
-        count = int(last or 0)
-        places = [f"n:{place}" for place in range(max(1, count - limit + 1), count + 1)]
-        [ids] = await self._link.ask([("HMGET", items, *places)]) if places else [[]]
-        present = [turn_id for turn_id in ids if turn_id is not None]
-        fields = [b"t:" + turn_id for turn_id in present]
-        [records] = await self._link.ask([("HMGET", items, *fields)]) if fields else [[]]
-        return [
-            _record(key.session, turn_id.decode(), record)
-            for turn_id, record in zip(present, records, strict=True)
-            if record is not None
-        ]
+    async def _owned(self, tenant: str, owner: str) -> list[SessionKey]:
+        heads = await self._link.scan(heads_of(tenant))
+        found: list[SessionKey] = []
+        for start in range(0, len(heads), _MANY):
+            some = heads[start : start + _MANY]
+            users = await self._link.ask([("HGET", head, "user") for head in some])
+            found += [
+                session_of(head)
+                for head, user in zip(some, users, strict=True)
+                if user is not None and user.decode() == owner
+            ]
+        return found
+
+    # --- turns --------------------------------------------------------------------------------
+
+    async def _turns(self, key: SessionKey, limit: int, version: int | None) -> list[TurnRecord]:
+        row = await read_row(self._link, key)
+        wanted = row.version if version is None else version
+        manifest = await read_manifest(self._link, self._vault, row, wanted)
+        return await read_turns(self._link, self._vault, key, manifest, limit)
+
+    async def _turn(self, key: SessionKey, turn_id: str) -> TurnRecord | None:
+        await read_row(self._link, key)  # says so where it was deleted
+        return await read_turn(self._link, self._vault, key, turn_id)
+
+    # --- deleting -----------------------------------------------------------------------------
 
     async def _delete(self, key: SessionKey) -> Deletion:
-        keys, now = Keys(key).scripted, [repr(time.time())]
-        reply = await self._link.again(lambda: self._delete_script(keys, now))
+        keys = Keys(key)
+        [reply] = await self._link.call(_DELETE, keys.committed, [repr(time.time())])
         if reply[0] == b"GONE":
             raise Deleted(key.session)
         if reply[0] == b"MISSING":
             raise NotFound(key.session)
         await index.remove(self._link, key.tenant, [key.session])
-        return Deletion(key.session, keys=reply[1], bytes=reply[2])
+        swept, left = await self._sweep(keys)
+        return Deletion(key.session, keys=reply[1] + swept, bytes=reply[2], left=left)
 
+    async def _sweep(self, keys: Keys) -> tuple[int, int]:
+        """Remove what writers that were fenced out had staged; return how much, and what is left.
 
-def _unpack_all(
-    session: str, blobs: Mapping[str, Blob], fields: Sequence[bytes | None]
-) -> dict[str, bytes]:
-    raw: dict[str, bytes] = {}
-    start = 0
-    for name, blob in blobs.items():
-        raw[name] = unpack(session, name, blob, fields[start : start + blob.fields])
-        start += blob.fields
-    return raw
+        What one of them stages after this is let go when its commit is refused, and expires.
+        """
+        if not (strays := await self._strays(keys)):
+            return 0, 0
+        await self._link.ask([("UNLINK", name) for name in strays])
+        return len(strays), len(await self._strays(keys))
 
-
-def _record(session: str, turn_id: str, record: bytes) -> TurnRecord:
-    try:
-        return TurnRecord(turn_id, json.loads(record))
-    except ValueError as error:
-        raise Corrupt(session, f"turn {turn_id!r}: {error}") from error
+    async def _strays(self, keys: Keys) -> list[str]:
+        return [name for name in await self._link.scan(keys.all) if name != keys.head]

@@ -45,24 +45,47 @@ class TurnRecord:
 
     turn_id: str
     payload: Meta  # JSON: input items, output text, usage, outcome
+    version: int = 0  # the one that its commit made; the store fills it in
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write a session, until another acquires it or its time runs out.
+
+    The time only spares wasted work. What keeps a session whole is the fence, a number that
+    every acquisition raises: a commit with an older one is refused however late it comes.
+    """
+
+    key: SessionKey
+    owner: str
+    fence: int
+    version: int  # the session's when the lease was acquired; 0: it does not exist
+    commit: str = ""  # the id of the commit that made that version
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """What a turn (or a consolidation) changed: new blobs, blobs still in use, new small facts.
 
-    Blobs neither put nor kept are no longer part of the session from this version on.
+    Blobs neither put nor kept are no longer part of the session from this version on. With
+    `base`, the session goes on from that older kept version: `keep` names its blobs, and what
+    was recorded after it is no longer part of the transcript.
     """
 
     fingerprint: str
     meta: Meta
     put: Mapping[str, bytes] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
-    turn: TurnRecord | None = None
+    turns: tuple[TurnRecord, ...] = ()
+    base: int | None = None
+    owner: str | None = None  # the person whose session it is; None leaves it as it was
+    above: int = 0  # the new version is higher than this one too
 
     def __post_init__(self) -> None:
         if both := self.keep & self.put.keys():
             raise ValueError(f"blob {min(both)!r} is both put and kept; say which one is meant")
+        if len({turn.turn_id for turn in self.turns}) < len(self.turns):
+            raise ValueError("two turns have the same id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +95,7 @@ class Committed:
     # This commit id had been committed before, perhaps by a try of this very call whose reply
     # was lost; the call changed nothing.
     duplicate: bool = False
+    durable: bool = False  # on disk (and on as many replicas as asked), as the server confirmed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +116,22 @@ class Head:
     updated: float  # this version's commit
     meta: Meta
     blobs: Mapping[str, BlobInfo]
+    owner: str | None = None  # the person whose session it is
+    chain: str = ""  # rolling digest of the ids of all turns up to this version
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A session with its blobs, checksums verified."""
+    """A session with its blobs, checksums verified.
+
+    Where the current version is damaged this is the newest kept one that is whole, and `damaged`
+    says what was passed over: never less than all of a version, and never in silence.
+    """
 
     head: Head
     blobs: Mapping[str, bytes]
+    latest: int = 0  # the current version: what a commit has to expect
+    damaged: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +149,7 @@ class Deletion:
     session: str
     keys: int
     bytes: int
+    left: int = 0  # keys of the session beside its tombstone that a last scan found
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +161,6 @@ class Durability:
     policy: str  # maxmemory-policy; "unknown" where the server will not say
     aof: bool
     where: str  # address without credentials
+    waits: bool = False  # WAITAOF can be had: a commit can wait until it is on disk
+    replicas: int = 0  # connected now; of a cluster, of the master that has the fewest
+    evicted: int = 0  # keys that the server has thrown away since it was started

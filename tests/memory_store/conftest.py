@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from memory_store import EmbeddedValkey, LocalStore, RedisStore, SessionKey
+from memory_store.address import connect
+from memory_store.seal import Keyring
+from tests.tools.engines import Cluster
 
 ENGINES = ("valkey", "redis")
+KEYRING = Keyring().with_new_key("acme").with_new_key("globex")
 
 
 @pytest.fixture
@@ -55,17 +59,37 @@ async def redis_store(url, raw):
     await store.close()
 
 
-@pytest.fixture(params=("local", *ENGINES))
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster_url(cluster):
+    return cluster.url
+
+
+async def empty(url):
+    """Remove everything from the server, or from each of a cluster's."""
+    client, _ = connect(url, connections=1, timeout=5)
+    if isinstance(client, RedisCluster):
+        await client.flushall(target_nodes=RedisCluster.PRIMARIES)
+    else:
+        await client.flushall()
+    await client.aclose()
+
+
+@pytest.fixture(params=("local", *ENGINES, "cluster", "sealed"))
 async def store(request, anyio_backend):
     """Every backend in turn, empty."""
     if request.param == "local":
         yield LocalStore()
         return
-    url = request.getfixturevalue(f"{request.param}_url")
-    client = Redis.from_url(url)
-    await client.flushall()
-    await client.aclose()
-    store = await RedisStore.open(url)
+    sealed = request.param == "sealed"
+    url = request.getfixturevalue(f"{'valkey' if sealed else request.param}_url")
+    await empty(url)
+    store = await RedisStore.open(url, keyring=KEYRING if sealed else None)
     yield store
     await store.close()
 

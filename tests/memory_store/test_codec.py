@@ -16,6 +16,9 @@ MANIFEST = Manifest(
     updated=2.5,
     meta={"position": 7},
     blobs={"level/fast": pack(b"hello").named("5f")},
+    owner="nora",
+    chain="c0ffee",
+    undone=((1, 2),),
 )
 
 
@@ -73,9 +76,9 @@ def test_what_is_no_manifest_is_corrupt(encoded):
 
 
 def test_a_manifest_of_a_later_format_is_incompatible(monkeypatch):
-    monkeypatch.setattr("memory_store.codec.FORMAT", 2)
+    monkeypatch.setattr("memory_store.codec.FORMAT", 3)
     later = encode_manifest(MANIFEST)
     monkeypatch.undo()
 
-    with pytest.raises(Incompatible, match=r"'format 2'.*'snapshot format 1'"):
+    with pytest.raises(Incompatible, match=r"'format 3'.*'snapshot format 2'"):
         decode_manifest("s", later)

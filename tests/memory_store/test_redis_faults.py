@@ -7,10 +7,14 @@ from contextlib import suppress
 import pytest
 
 from memory_store import Change, Committed, RedisStore, SessionKey, Unavailable
+from tests.tools.leases import put as write
 
 pytestmark = pytest.mark.anyio
 
 FINGERPRINT = "hope-nano/1"
+
+COMMIT = b"INCOMPLETE"  # a word of that script only
+STAGING, READING = b"\r\nHSET\r\n", b"\r\nHGET\r\n"  # commands, not words of a script
 
 
 class Cutter:
@@ -64,7 +68,7 @@ async def store(cutter, raw):
     """A store behind the proxy, its scripts known to the server."""
     store = await RedisStore.open(f"unix://{cutter.path}")
     key = SessionKey("acme", "warm")
-    await store.commit(key, Change("f", {}), expected=0, commit_id="warm")
+    await write(store, key, Change("f", {}), expected=0, commit_id="warm")
     await store.delete(key)
     await raw.flushall()
     yield store
@@ -73,7 +77,7 @@ async def store(cutter, raw):
 
 async def commit(store, key, version, put):
     change = Change(FINGERPRINT, {}, put=put)
-    return await store.commit(key, change, expected=version - 1, commit_id=f"c{version}")
+    return await write(store, key, change, expected=version - 1, commit_id=f"c{version}")
 
 
 async def limits(raw):
@@ -82,7 +86,7 @@ async def limits(raw):
 
 async def test_a_commit_whose_answer_is_lost_happens_once(store, cutter, raw, key):
     put = {"a": os.urandom(1_500_000), "b": b"2"}
-    cutter.cut(b"EVALSHA")
+    cutter.cut(COMMIT)
 
     done = await commit(store, key, 1, put)
 
@@ -93,7 +97,7 @@ async def test_a_commit_whose_answer_is_lost_happens_once(store, cutter, raw, ke
 
 async def test_staging_that_breaks_is_tried_again_under_other_names(store, cutter, raw, key):
     put = {"a": os.urandom(1_500_000), "b": b"2"}
-    cutter.cut(b"HSET")
+    cutter.cut(STAGING)
 
     done = await commit(store, key, 1, put)
 
@@ -107,13 +111,13 @@ async def test_staging_that_breaks_is_tried_again_under_other_names(store, cutte
 async def test_reading_is_tried_again(store, cutter, key):
     put = {"a": os.urandom(1_500_000)}
     await commit(store, key, 1, put)
-    cutter.cut(b"HGET", times=2)
+    cutter.cut(READING, times=2)
 
     assert (await store.load(key, fingerprint=FINGERPRINT)).blobs == put
 
 
 async def test_after_three_tries_the_store_is_unavailable(store, cutter, raw, key):
-    cutter.cut(b"HSET", times=3)
+    cutter.cut(STAGING, times=3)
 
     with pytest.raises(Unavailable):
         await commit(store, key, 1, {"a": b"1"})
@@ -123,7 +127,7 @@ async def test_after_three_tries_the_store_is_unavailable(store, cutter, raw, ke
 
 
 async def test_a_commit_in_doubt_is_settled_by_asking_again(store, cutter, raw, key):
-    cutter.cut(b"EVALSHA", times=3)
+    cutter.cut(COMMIT, times=3)
     with pytest.raises(Unavailable):
         await commit(store, key, 1, {"a": b"1"})
 

@@ -12,25 +12,7 @@ from memory_store import (
     Unsafe,
 )
 from memory_store.durability import refuse_unsafe
-
-
-@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-lru", "volatile-ttl"])
-@pytest.mark.anyio
-async def test_a_server_that_evicts_is_refused(url, raw, policy):
-    await raw.config_set("maxmemory-policy", policy)
-
-    with pytest.raises(Unsafe, match=f"maxmemory-policy {policy}.*set `maxmemory-policy noev"):
-        await RedisStore.open(url)
-
-
-@pytest.mark.anyio
-async def test_a_server_that_evicts_is_accepted_when_told_so(url, raw):
-    await raw.config_set("maxmemory-policy", "allkeys-lru")
-
-    store = await RedisStore.open(url, allow_eviction=True)
-
-    assert (await store.durability()).policy == "allkeys-lru"
-    await store.close()
+from tests.tools.leases import put
 
 
 @pytest.mark.anyio
@@ -47,6 +29,32 @@ async def test_durability_is_read_from_the_running_server(redis_store, raw):
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("settings", "replicas", "durable"),
+    [
+        ({"appendfsync": "always"}, 0, True),  # its very reply comes after the fsync
+        ({"appendfsync": "always"}, 1, False),
+        ({"appendonly": "no"}, 0, False),
+    ],
+    ids=["always", "no replica", "no AOF"],
+)
+async def test_a_durable_commit_claims_only_what_the_server_keeps(
+    url, raw, key, settings, replicas, durable
+):
+    for name, value in settings.items():
+        await raw.config_set(name, value)
+    store = await RedisStore.open(url, replicas=replicas, patience=0.5)
+    lease = await store.acquire(key, "a", seconds=30)
+
+    done = await store.commit(lease, Change("f", {}), expected=0, commit_id="c", durable=True)
+
+    await raw.config_set("appendfsync", "everysec")
+    await raw.config_set("appendonly", "yes")
+    await store.close()
+    assert (done.version, done.durable) == (1, durable)
+
+
+@pytest.mark.anyio
 async def test_a_server_that_hides_its_settings_is_unknown_and_works(url, raw):
     rules = ("~hope:*", "+@all", "-config", "-info")
     await raw.execute_command("ACL", "SETUSER", "hope", "on", ">hunter2", *rules)
@@ -54,7 +62,7 @@ async def test_a_server_that_hides_its_settings_is_unknown_and_works(url, raw):
 
     found = await store.durability()
     key = SessionKey("acme", "user-7")
-    await store.commit(key, Change("f", {}, put={"a": b"1"}), expected=0, commit_id="c")
+    await put(store, key, Change("f", {}, put={"a": b"1"}), expected=0, commit_id="c")
     await store.delete(key)
 
     await store.close()

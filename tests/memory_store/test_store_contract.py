@@ -11,12 +11,15 @@ from memory_store import (
     Committed,
     Conflict,
     Deleted,
+    Fenced,
     Incompatible,
     Incomplete,
     NotFound,
+    Repeated,
     SessionKey,
     TurnRecord,
 )
+from tests.tools.leases import put as write
 
 pytestmark = pytest.mark.anyio
 
@@ -24,13 +27,14 @@ FINGERPRINT = "hope-nano/1"
 
 
 def change(put=None, keep=(), meta=None, turn=None):
-    return Change(FINGERPRINT, meta or {}, put=put or {}, keep=frozenset(keep), turn=turn)
+    turns = (turn,) if turn else ()
+    return Change(FINGERPRINT, meta or {}, put=put or {}, keep=frozenset(keep), turns=turns)
 
 
 async def commit(store, key, version, **changes):
     """Make version `version` of a session."""
-    return await store.commit(
-        key, change(**changes), expected=version - 1, commit_id=f"{key.session}-{version}"
+    return await write(
+        store, key, change(**changes), expected=version - 1, commit_id=f"{key.session}-{version}"
     )
 
 
@@ -89,7 +93,7 @@ async def test_a_session_that_exists_is_not_created_again(store, key):
     await commit(store, key, 1, put={"a": b"1"})
 
     with pytest.raises(Conflict):
-        await store.commit(key, change(), expected=0, commit_id="another")
+        await write(store, key, change(), expected=0, commit_id="another")
 
 
 async def test_a_session_that_does_not_exist_has_no_later_version(store, key):
@@ -104,8 +108,8 @@ async def test_the_same_commit_id_is_committed_once(store, key):
     await commit(store, key, 1, put={"a": b"1"})
     await commit(store, key, 2, put={"a": b"2"})
 
-    again = await store.commit(
-        key, change(put={"a": b"other"}), expected=0, commit_id=f"{key.session}-1"
+    again = await write(
+        store, key, change(put={"a": b"other"}), expected=0, commit_id=f"{key.session}-1"
     )
 
     assert again == Committed(version=1, written=0, duplicate=True)
@@ -116,11 +120,11 @@ async def test_the_last_32_commit_ids_are_remembered(store, key):
     for version in range(1, 35):
         await commit(store, key, version)
 
-    remembered = await store.commit(key, change(), expected=7, commit_id=f"{key.session}-3")
+    remembered = await write(store, key, change(), expected=7, commit_id=f"{key.session}-3")
 
     assert remembered == Committed(version=3, written=0, duplicate=True)
     with pytest.raises(Conflict):
-        await store.commit(key, change(), expected=7, commit_id=f"{key.session}-2")
+        await write(store, key, change(), expected=7, commit_id=f"{key.session}-2")
 
 
 async def test_a_blob_that_is_not_there_cannot_be_kept(store, key):
@@ -262,17 +266,25 @@ async def test_the_transcript_gives_the_last_turns_the_oldest_first(store, key):
 
     turns = await store.turns(key, limit=3)
 
-    assert turns == [TurnRecord(f"turn {i}", {"text": f"say {i}"}) for i in (4, 5, 6)]
+    assert turns == [TurnRecord(f"turn {i}", {"text": f"say {i}"}, version=i) for i in (4, 5, 6)]
     assert len(await store.turns(key)) == 5
 
 
-async def test_a_turn_recorded_again_keeps_its_place(store, key):
-    for version, turn_id in enumerate(("a", "b", "a"), start=1):
-        await commit(store, key, version, turn=TurnRecord(turn_id, {"version": version}))
+async def test_a_turn_is_committed_once(store, key):
+    await commit(store, key, 1, put={"a": b"1"}, turn=TurnRecord("a", {"version": 1}))
+    await commit(store, key, 2, put={"a": b"2"})
 
-    turns = await store.turns(key)
+    with pytest.raises(Repeated, match="has committed turn 'a' before") as caught:
+        await commit(store, key, 3, put={"a": b"3"}, turn=TurnRecord("a", {"version": 3}))
 
-    assert turns == [TurnRecord("a", {"version": 3}), TurnRecord("b", {"version": 2})]
+    assert caught.value.turn_id == "a"
+    assert await store.turns(key) == [TurnRecord("a", {"version": 1}, version=1)]
+    assert (await load(store, key)).blobs == {"a": b"2"}
+
+
+def test_a_change_has_no_turn_twice():
+    with pytest.raises(ValueError, match="two turns have the same id"):
+        Change(FINGERPRINT, {}, turns=(TurnRecord("a", {}), TurnRecord("a", {})))
 
 
 async def test_a_session_without_turns_has_an_empty_transcript(store, key):
@@ -282,22 +294,23 @@ async def test_a_session_without_turns_has_an_empty_transcript(store, key):
 
 
 async def test_of_many_writers_exactly_one_makes_each_version(store, key):
-    async def write(writer):
+    async def race(writer):
         made = []
         while (found := await version(store, key)) < 12:
             try:
-                done = await store.commit(
+                done = await write(
+                    store,
                     key,
                     change(put={"by": bytes([writer]), "big": os.urandom(2000)}),
                     expected=found,
                     commit_id=f"{writer}-{found}",
                 )
                 made.append(done.version)
-            except Conflict:
+            except (Conflict, Fenced):
                 pass
         return made
 
-    made = await asyncio.gather(*(write(writer) for writer in range(8)))
+    made = await asyncio.gather(*(race(writer) for writer in range(8)))
 
     versions = sorted(number for numbers in made for number in numbers)
     assert versions == list(range(1, versions[-1] + 1))
