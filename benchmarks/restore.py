@@ -20,7 +20,8 @@ from hope_runtime.state import State
 from memory_store import SessionKey
 from memory_store.embedded import EmbeddedValkey
 from memory_store.redis import RedisStore
-from server.residency import Book, Residency, Resident
+from server.book import Book
+from server.residency import Residency, Resident
 
 TOKENS = 1000
 
@@ -66,12 +67,14 @@ async def _measure(url: str, rounds: int) -> None:
             )
             writer = Residency(store, model.config, dtype, "bench", budget=1)
             base = Resident(key, 0, State(), Book())
-            await writer.commit(base, state, Book(), commit_id=key.session, turn=None)
+            lease = await store.acquire(key, "bench", seconds=30)
+            await writer.commit(base, state, Book(), lease=lease, commit_id=key.session)
+            lease = await store.acquire(key, "bench", seconds=600)
             loads, lays, reads = [], [], []
             for _ in range(rounds):
                 reader = Residency(store, model.config, dtype, "bench", budget=1)
                 began = time.perf_counter()
-                resident, _source = await reader.get(key)
+                resident = (await reader.get(lease)).resident
                 loads.append(time.perf_counter() - began)
                 began = time.perf_counter()
                 lanes.load(0, resident.state)

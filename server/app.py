@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -12,8 +14,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from hope_runtime.config import ConfigError, HopeConfig
 from hope_runtime.engine import Engine
 from hope_runtime.model import Hope
+from hope_runtime.storage import Storage
 from hope_runtime.tokenizer import Tokenizer
 from memory_store import MemoryStore, StoreError
 from server import socket
@@ -23,11 +27,18 @@ from server.measured import MeasuredStore
 from server.metrics import Metrics
 from server.residency import Residency
 from server.routes import chat, operations, responses, sessions
-from server.security import BodyLimit, Gate, Guard
+from server.security import BodyLimit, BodyLimits, Gate, Guard
 from server.service import Card, Service
+from server.sessions import Sessions
 from server.settings import Settings
-from server.turns import Limits, Turns
+from server.tenure import Tenures
+from server.turns import WHY_NOT_DURABLE, Limits, Turns, can_wait
 from server.worker import Worker
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0  # seconds to wait for another server to let go of a session
+WATCH_S = 10.0
 
 
 @asynccontextmanager
@@ -45,33 +56,66 @@ async def serving(
     """
     metrics = Metrics(model.config)
     measured = MeasuredStore(store, metrics)
-    durability = await measured.durability()
+    promised = await measured.durability()
+    if settings.wait == "durable" and not can_wait(promised):
+        raise ConfigError(f"--wait durable: {WHY_NOT_DURABLE.format(promised)}")
     residency = Residency(
         measured,
         model.config,
         model.dtype,
         card.fingerprint,
         budget=settings.host_memory_mib << 20,
+        storage=_storage(settings, model.config),
         evicted=metrics.evicted,
+        regressed=metrics.regressed,
+    )
+    tenures = Tenures(
+        measured,
+        metrics,
+        owner=settings.owner,
+        seconds=settings.lease_seconds,
+        patience=min(PATIENCE, settings.lease_seconds),
     )
     metrics.describe(version("hope-server"), torch.__version__, card.fingerprint)
     metrics.watch(engine, residency, weights=model.bytes)
     async with Worker(engine, metrics.observe) as worker:
         turns = Turns(
             worker,
+            measured,
             residency,
+            tenures,
             tokenizer,
             metrics,
             limits=Limits(settings.max_input_tokens, settings.turns_waiting),
             learning=settings.learning,
-            durability=durability.mode,
+            promised=lambda: measured.promised,
         )
+        sessions = Sessions(measured, residency, turns)
         gate = Gate(settings.api_keys, settings.origins)
-        service = Service(settings, card, gate, measured, residency, turns, metrics, durability)
+        service = Service(settings, card, gate, measured, residency, turns, metrics, sessions)
+        watch = asyncio.create_task(_watch(measured), name="store-watch")
         try:
             yield create_app(service)
         finally:
+            watch.cancel()
             await turns.drain(settings.shutdown_timeout)
+
+
+def _storage(settings: Settings, config: HopeConfig) -> Storage:
+    try:
+        return Storage.parse(settings.storage, [level.name for level in config.levels])
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+
+
+async def _watch(store: MeasuredStore) -> None:
+    """Go on reading what the store promises: its settings may change while we serve."""
+    while True:
+        await asyncio.sleep(WATCH_S)
+        try:
+            await store.durability()
+        except StoreError as error:
+            log.warning("the store does not tell what it promises: %s", error)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -80,7 +124,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for part in (responses, chat, sessions, operations, socket):
         app.include_router(part.router)
-    app.add_middleware(BodyLimit, most=service.settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limits=BodyLimits.of(service.settings))
     app.add_middleware(Guard, gate=service.gate, refused=service.metrics.refused)
 
     async def refuse(_: Request, error: Exception) -> Response:

@@ -86,7 +86,7 @@ def from_chat(
 
 
 def _ask(
-    request: wire.Sampling,
+    request: wire.ResponseRequest | wire.ChatRequest,
     key: SessionKey | None,
     settings: Settings,
     *,
@@ -110,6 +110,7 @@ def _ask(
             param="memory.if_version",
         )
     stop = request.stop
+    writes = key is not None and memory.mode is wire.Mode.READ_WRITE
     return Ask(
         key=key,
         messages=messages,
@@ -124,6 +125,8 @@ def _ask(
         history=history,
         turn_id=turn_id,
         metadata=tuple(metadata.items()),
+        user=request.user,
+        durable=writes and (memory.wait or settings.wait) == "durable",
     )
 
 

@@ -14,18 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import uvicorn
 import uvloop
-from pydantic import ValidationError
 from rich.logging import RichHandler
 
 from memory_store import SessionKey
 from server.commands.evaluate import evaluate
+from server.commands.keyring import keyring_commands
 from server.commands.recall import recall
-from server.commands.terminal import Refusal, err, out, refusals
+from server.commands.terminal import Refusal, err, out, refusals, settings_from
 from server.commands.train import train
 from server.settings import Settings
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from hope_runtime.engine import Engine
     from hope_runtime.model import Hope
     from hope_runtime.tokenizer import Tokenizer
-    from memory_store import Durability, MemoryStore
+    from memory_store import Durability, Keyring, MemoryStore
     from server.service import Card
     from server.turns import Turns
 
@@ -49,6 +49,7 @@ app = typer.Typer(
 app.add_typer(train, name="train")
 evaluate.command()(recall)
 app.add_typer(evaluate, name="eval")
+app.add_typer(keyring_commands, name="keyring")
 _BACKLOG = 2048  # connections that may wait to be accepted
 _HANGING_UP = 2  # seconds for clients to take the last bytes of their replies
 
@@ -79,6 +80,9 @@ def serve(
     allow_eviction: Annotated[
         bool | None, typer.Option("--allow-eviction", help=_about("allow_eviction"))
     ] = None,
+    storage: Annotated[str | None, typer.Option(help=_about("storage"))] = None,
+    keyring: Annotated[str | None, typer.Option(help=_about("keyring"))] = None,
+    wait: Annotated[str | None, typer.Option(help=_about("wait"))] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log every request")] = False,
 ) -> None:
     """Serve a model; settings not given here come from HOPE_* environment variables."""
@@ -86,7 +90,7 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as good as Ctrl-C
     with refusals():
         _log(verbose)
-        settings = _settings(**{name: value for name, value in flags.items() if value is not None})
+        settings = settings_from(**flags)
         _serve(settings)
 
 
@@ -107,7 +111,7 @@ def models(
 ) -> None:
     """Fetch a model if need be, and show what would be served."""
     with refusals():
-        settings = _settings(model=model)
+        settings = settings_from(model=model)
         card, *_ = _load(settings)
         config = card.config
         out.print(f"[bold]{card.name}[/bold]  {card.fingerprint}")
@@ -161,7 +165,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 @contextlib.contextmanager
 def _store_url(settings: Settings) -> Iterator[str | None]:
-    """Start the embedded store where it is the one; it must be started by the main thread."""
+    """Start the embedded store where it is the one."""
     if settings.store == "redis":
         yield settings.redis_url
     elif settings.store == "memory":
@@ -244,15 +248,36 @@ async def _open(settings: Settings, url: str | None) -> MemoryStore:
     from memory_store import LocalStore, RedisStore, Unavailable
 
     if url is None:
-        return LocalStore()
+        return LocalStore(kept_versions=settings.kept_versions)
     try:
         return await RedisStore.open(
-            url, kept_versions=settings.kept_versions, allow_eviction=settings.allow_eviction
+            url,
+            kept_versions=settings.kept_versions,
+            allow_eviction=settings.allow_eviction,
+            keyring=_keyring(settings),
+            replicas=settings.wait_replicas,
+            patience=settings.store_timeout,
         )
     except ValueError as error:
         raise Refusal(f"--redis-url: {error}") from None
     except Unavailable as error:
         raise Refusal(f"{error}; start it, or name another with --redis-url") from None
+
+
+def _keyring(settings: Settings) -> Keyring | None:
+    """Read the keyring, and see that everybody who may come in has a key."""
+    if settings.keyring is None:
+        return None
+    from server.commands.keyring import read_ring
+
+    keyring = read_ring(settings.keyring)
+    for tenant in settings.tenants:
+        if tenant not in keyring.tenants:
+            raise Refusal(
+                f"tenant {tenant!r} has no key in the keyring; make one with "
+                f"`hope keyring new {tenant} --keyring FILE`"
+            )
+    return keyring
 
 
 class _Server(uvicorn.Server):
@@ -286,6 +311,7 @@ def _greet(
     learning = "learning on" if settings.learning else "learning off"
     took = time.perf_counter() - began
     kept = f" in {settings.data_dir}" if settings.store == "embedded" else ""
+    kept += ", sealed" if settings.keyring else ""
     out.print(f"[bold]HOPE Server[/bold] serves [bold]{card.name}[/bold] on {address}")
     out.print(f"  model   {card.dtype} on {card.device}, {card.mixers}, {learning}")
     out.print(f"  store   {durability.engine}, {durability.mode}{kept}")
@@ -294,19 +320,6 @@ def _greet(
 
 
 # --- manners ----------------------------------------------------------------------------------
-
-
-def _settings(**flags: Any) -> Settings:
-    try:
-        return Settings(**flags)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:
-            raise Refusal(message) from None
-        name = str(first["loc"][0])
-        where = f"--{name.replace('_', '-')}" if name in flags else f"HOPE_{name.upper()}"
-        raise Refusal(f"{where} {first.get('input')!r}: {message}") from None
 
 
 def _log(verbose: bool) -> None:

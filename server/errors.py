@@ -6,6 +6,8 @@ from hope_runtime.blobs import StateError
 from hope_runtime.engine import NotFinite
 from hope_runtime.tokenizer import ChatError
 from memory_store import errors as store
+from memory_store.headers import BadArchive
+from memory_store.seal import BadKeyring, Sealed
 from server.wire import ErrorDetail
 
 
@@ -28,7 +30,11 @@ class ApiError(Exception):
     @property
     def detail(self) -> ErrorDetail:
         return ErrorDetail(
-            type=_kind(self.status), code=self.code, message=self.message, param=self.param
+            type=_kind(self.status),
+            code=self.code,
+            message=self.message,
+            param=self.param,
+            retry_after_s=self.retry_after,
         )
 
 
@@ -57,10 +63,21 @@ def answer(error: Exception) -> ApiError:
             return ApiError(404, "conversation_not_found", str(error))
         case store.Deleted():
             return ApiError(410, "session_deleted", str(error))
+        case store.NoVersion():
+            return ApiError(404, "version_not_found", str(error), param="version")
+        case store.Held():
+            wait = min(max(error.seconds, 1.0), 5.0)
+            return ApiError(409, "session_busy", str(error), retry_after=wait)
+        case store.Fenced() | store.Regressed():
+            return ApiError(409, "session_moved", str(error), retry_after=1)
         case store.Conflict():
             return ApiError(409, "version_conflict", str(error))
         case store.Incompatible():
             return ApiError(409, "state_incompatible", str(error))
+        case BadArchive():
+            return ApiError(400, "invalid_archive", str(error))
+        case Sealed() | BadKeyring():
+            return ApiError(500, "memory_sealed", str(error))
         case store.Corrupt() | StateError():
             return ApiError(500, "memory_corrupt", str(error))
         case store.Full():

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -32,7 +33,7 @@ from hope_runtime.report import (
     Stepped,
 )
 from hope_runtime.state import State
-from memory_store import Durability, StoreError
+from memory_store import Committed, Durability, StoreError
 from memory_store import errors as store_errors
 from server.residency import Residency
 
@@ -49,8 +50,20 @@ ENDPOINTS = ("responses", "chat_completions")
 TRANSPORTS = ("websocket", "http", "sse")
 OUTCOMES = ("completed", "incomplete", "cancelled", "failed", "rejected")
 CLOSE_CODES = ("1000", "1001", "1005", "1006", "1008", "1009", "1011", "1012", "1013")
-STORE_OPS = ("load", "commit", "delete", "scan")
-STORE_OUTCOMES = ("ok", "dup", "conflict", "gone", "oom", "timeout", "incomplete", "error")
+STORE_OPS = ("load", "commit", "delete", "scan", "lease")
+STORE_OUTCOMES = (
+    "ok",
+    "dup",
+    "conflict",
+    "fenced",
+    "held",
+    "gone",
+    "oom",
+    "timeout",
+    "incomplete",
+    "error",
+)
+LEASE_EVENTS = ("acquired", "renewed", "released", "lost", "refused", "fenced")
 
 
 class Metrics:
@@ -266,9 +279,9 @@ class Metrics:
         """Count a turn that had begun and left no trace."""
         self.rollbacks.labels(reason).inc()
 
-    def committed(self, written: int, state: State) -> None:
+    def committed(self, done: Committed, state: State) -> None:
         """Take note of a committed state and of the bytes its commit wrote."""
-        self.store_bytes.labels("out").inc(written)
+        self.store_bytes.labels("out").inc(done.written)
         context = state.bytes
         for name, level in state.levels.items():
             self.state_bytes.labels(name).observe(level.bytes)
@@ -384,9 +397,27 @@ class Metrics:
         self.durability = gauge(
             "hope_store_durability_info", "1, with what is promised.", ["mode", "policy", "aof"]
         )
+        self.evicted_keys = gauge(
+            "hope_store_evicted_keys", "Keys that the store's servers threw away: lost sessions."
+        )
         self.corrupt = counter("hope_store_corrupt", "Sessions found damaged.")
         self.incompatible = counter(
             "hope_store_incompatible", "Sessions of another model asked for."
+        )
+        self.regressions = counter(
+            "hope_store_version_regressions", "Sessions whose acknowledged versions were lost."
+        )
+        self.duplicate_turns = counter(
+            "hope_duplicate_turns", "Turns that were asked for again and answered from the store."
+        )
+        self.leases_held = gauge("hope_leases_held", "Sessions this server may write now.")
+        self.lease_events = counter("hope_lease_events", "What became of leases.", ["event"])
+        for event in LEASE_EVENTS:
+            self.lease_events.labels(event)
+        self.renew_margin = histogram(
+            "hope_lease_renew_margin_seconds",
+            "Life that a lease had left when it was renewed.",
+            buckets=(*FAST, 20, 30),
         )
 
     def read(self, stored: int) -> None:
@@ -398,30 +429,59 @@ class Metrics:
         self.durability.clear()
         aof = str(durability.aof).lower()
         self.durability.labels(durability.mode, durability.policy, aof).set(1)
+        self.evicted_keys.set(durability.evicted)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Count a lease as held until this is left."""
+        self.leases_held.inc()
+        try:
+            yield
+        finally:
+            self.leases_held.dec()
+
+    def lease(self, event: str) -> None:
+        self.lease_events.labels(event).inc()
+
+    def renewed(self, margin: float) -> None:
+        self.lease("renewed")
+        self.renew_margin.observe(max(margin, 0.0))
+
+    def regressed(self) -> None:
+        self.regressions.inc()
 
     @asynccontextmanager
-    async def store_op(self, op: str) -> AsyncIterator[None]:
+    async def store_op(self, op: str) -> AsyncIterator[Operation]:
         """Measure one operation of the store and name how it ended."""
         began = time.perf_counter()
-        outcome = "ok"
+        operation = Operation()
         try:
             with self._uncommitted.one() if op == "commit" else nullcontext():
-                yield
+                yield operation
         except StoreError as error:
-            outcome = _store_outcome(error)
+            operation.outcome = _store_outcome(error)
             self.corrupt.inc(isinstance(error, store_errors.Corrupt))
             self.incompatible.inc(isinstance(error, store_errors.Incompatible))
+            if isinstance(error, store_errors.Fenced):
+                self.lease("fenced")
             if isinstance(error, store_errors.Unavailable):
                 self.store_up.set(0)
             raise
         except asyncio.CancelledError:
-            outcome = "error"
+            operation.outcome = "error"
             raise
         else:
             self.store_up.set(1)
         finally:
-            self.store_ops.labels(op, outcome).inc()
+            self.store_ops.labels(op, operation.outcome).inc()
             self.store_seconds.labels(op).observe(time.perf_counter() - began)
+
+
+@dataclass(slots=True)
+class Operation:
+    """How an operation of the store ended, as its label."""
+
+    outcome: str = "ok"
 
 
 class Pending:
@@ -479,9 +539,13 @@ class Request:
 
 def _store_outcome(error: StoreError) -> str:
     match error:
-        case store_errors.Conflict():
+        case store_errors.Conflict() | store_errors.Repeated():
             return "conflict"
-        case store_errors.Deleted() | store_errors.NotFound():
+        case store_errors.Fenced() | store_errors.Regressed():
+            return "fenced"
+        case store_errors.Held():
+            return "held"
+        case store_errors.Deleted() | store_errors.NotFound() | store_errors.NoVersion():
             return "gone"
         case store_errors.Full():
             return "oom"

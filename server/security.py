@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -15,9 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
-from server.settings import is_loopback
+from server.settings import LOCAL, Settings, is_loopback
 
-LOCAL = "local"  # the tenant of a server without keys, which only loopback reaches
 SUBPROTOCOL = "hope"
 _KEY_PROTOCOL = "hope-key."
 
@@ -107,23 +107,41 @@ class Guard:
         await self._app(scope, receive, send)
 
 
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """How many bytes a body may have, and by which setting."""
+
+    usual: int
+    file: int  # of a session that is brought in
+
+    @classmethod
+    def of(cls, settings: Settings) -> BodyLimits:
+        return cls(settings.max_body_bytes, settings.max_import_mib << 20)
+
+    def at(self, method: str, path: str) -> tuple[int, str]:
+        if method == "PUT" and path.endswith("/import"):
+            return self.file, "HOPE_MAX_IMPORT_MIB"
+        return self.usual, "HOPE_MAX_BODY_BYTES"
+
+
 class BodyLimit:
     """ASGI middleware: a larger body is refused, and never held in memory."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
+        self._app, self._limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        most, setting = self._limits.at(scope["method"], scope["path"])
         error = ApiError(
             413,
             "message_too_large",
-            f"the body is larger than {self._most} bytes; send less, or raise HOPE_MAX_BODY_BYTES",
+            f"the body is larger than {most} bytes; send less, or raise {setting}",
         )
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length) > self._most:
+        if length.isdecimal() and int(length) > most:
             await _refuse(error, scope, receive, send)
             return
         read = 0
@@ -132,7 +150,7 @@ class BodyLimit:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._most:
+            if read > most:
                 raise HTTPException(error.status, error.message)
             return message
 

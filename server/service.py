@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from fastapi import Request, WebSocket
 
 from hope_runtime.config import HopeConfig
-from memory_store import Durability, MemoryStore, SessionKey
+from memory_store import SessionKey
 from server.errors import ApiError
+from server.measured import MeasuredStore
 from server.metrics import Metrics
 from server.residency import Residency
 from server.security import Gate
+from server.sessions import Sessions
 from server.settings import Settings
 from server.turns import Turns
 
@@ -47,11 +49,11 @@ class Service:
     settings: Settings
     card: Card
     gate: Gate
-    store: MemoryStore
+    store: MeasuredStore
     residency: Residency
     turns: Turns
     metrics: Metrics
-    durability: Durability
+    sessions: Sessions
 
 
 def service(connection: Request | WebSocket) -> Service:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
+import uuid
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +13,8 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from memory_store import SessionKey
+
+LOCAL = "local"  # the tenant of a server without keys, which only loopback reaches
 
 
 def _data_home() -> Path:
@@ -49,7 +53,33 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(None, description="redis://, rediss:// or unix:// address")
     data_dir: Path = Field(default_factory=_data_home, description="where the embedded store keeps")
     kept_versions: int = Field(
-        1, ge=1, le=64, description="older versions kept beside each session's current one"
+        4, ge=1, le=64, description="older versions kept beside each session's current one"
+    )
+    storage: str = Field(
+        "bf16",
+        description="numbers at rest: fp32, bf16 or int8 for every level, or for one, such as "
+        "`slow=int8`; `memory=bf16` is the fast memory",
+    )
+    keyring: str | None = Field(
+        None,
+        repr=False,
+        description="file of the keys that seal each tenant's sessions at rest; or its JSON itself",
+    )
+    wait: Literal["committed", "durable"] = Field(
+        "committed",
+        description="when a turn is complete: once committed, or once the store has it on disk",
+    )
+    wait_replicas: int = Field(
+        0, ge=0, le=16, description="replicas that must have a durable turn on disk as well"
+    )
+    store_timeout: float = Field(
+        5.0, ge=0.1, le=60, description="seconds until a store that says nothing counts as silent"
+    )
+    server_id: str = Field(
+        "", description="this server's name in leases; where empty, host and port"
+    )
+    lease_seconds: float = Field(
+        30.0, ge=0.2, le=600, description="life of a lease; a dead server's sessions wait so long"
     )
     allow_eviction: bool = Field(
         False, description="start on a Redis that may evict (lose) sessions"
@@ -78,7 +108,8 @@ class Settings(BaseSettings):
     turns_waiting: int = Field(
         4, ge=0, description="turns that may queue for one session before `session_busy`"
     )
-    shutdown_timeout: float = Field(10.0, ge=0, description="seconds for open turns at shutdown")
+    max_import_mib: int = Field(512, ge=1, description="largest session file that is imported")
+    shutdown_timeout: float = Field(30.0, ge=0, description="seconds for open turns at shutdown")
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +143,24 @@ class Settings(BaseSettings):
                     "with a key of at least 16 (`hope keys` makes one)"
                 )
         return self
+
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Everybody who may come in."""
+        return tuple({entry.partition(":")[0]: None for entry in self.api_keys}) or (LOCAL,)
+
+    @property
+    def owner(self) -> str:
+        """This server's name in leases.
+
+        A server that is started again under its name takes its leases over at once. Of the
+        embedded store there is only one user; without a fixed port there is no name to come back.
+        """
+        if self.server_id:
+            return self.server_id
+        if self.store == "embedded":
+            return "embedded"
+        return f"{socket.gethostname()}:{self.port or uuid.uuid4().hex}"
 
 
 def is_loopback(host: str) -> bool:

@@ -13,11 +13,11 @@ from server import asks
 from server.connection import Cancel, Connection, Effect, Send, Start, refusal
 from server.errors import ApiError
 from server.events import Narrator
+from server.open_turn import OpenTurn
 from server.routes.responses import leave, note
 from server.security import SUBPROTOCOL
 from server.service import Service, key, service
 from server.turn import Ended
-from server.turns import OpenTurn
 from server.wire import ResponseCreate, Wire
 
 router = APIRouter()

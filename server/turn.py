@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +32,14 @@ class Ask:
     history: bool = False  # messages may be the whole conversation so far (chat completions)
     turn_id: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
+    user: str | None = None  # the person whose session it is
+    durable: bool = False  # complete only when it is on disk
+
+    @property
+    def digest(self) -> str:
+        """What is asked, in short: the same turn id must stand for the same."""
+        said = [[str(message.role), message.text] for message in self.messages]
+        return hashlib.sha256(json.dumps([said, self.instructions]).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -21,18 +21,27 @@ from hope_runtime.consolidation import Outcome as Update
 from hope_runtime.engine import Consolidation, Turn
 from hope_runtime.report import Dropped, Failed, Finished, Learned, Reason, Said
 from hope_runtime.state import State
-from hope_runtime.tokenizer import Message, Role, Span, Tokenizer
-from memory_store import SessionKey, TurnRecord
+from hope_runtime.tokenizer import Message, Role, Tokenizer
+from memory_store import Committed, Deleted, Durability, MemoryStore, SessionKey
+from server.book import Book, digest
 from server.errors import ApiError, answer
 from server.metrics import Metrics
-from server.residency import Book, Residency, Resident, known_prefix, link
-from server.turn import Ask, Began, Ended, Grown, Happening, Kept, Words
+from server.open_turn import OpenTurn
+from server.prompt import Prompter
+from server.queues import Queues
+from server.record import record, replayed
+from server.residency import NOBODY, Found, Residency, Resident
+from server.tenure import Hold, Tenures
+from server.turn import Ask, Began, Ended, Grown, Kept, Words
 from server.wire import METADATA_KEYS, MemoryResult, Mode, Outcome
 from server.worker import Worker
 
 log = logging.getLogger(__name__)
 
-RATES = {Role.USER: 1.0, Role.DOCUMENT: 1.0}  # who is learned from; everyone else: 0
+WHY_NOT_DURABLE = (
+    "the store ({0.engine}, durability {0.mode}) cannot say when a turn is on disk: that takes "
+    "WAITAOF (Valkey, or Redis 7.2 with appendonly yes) or appendfsync always"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,86 +50,54 @@ class Limits:
     waiting: int
 
 
-class OpenTurn:
-    """A turn in flight: iterate over what happens; `cancel` when a person presses stop."""
-
-    def __init__(self, ask: Ask, stop: Callable[[str, bool], None]) -> None:
-        self.ask = ask
-        self.id = uuid.uuid4().hex
-        self.cancelled = False
-        self.dropped = False  # by a client that left, or that wants nothing of it kept
-        self.committing = False  # from here on the store may have it, whatever goes wrong
-        self.ended = False
-        self.text = ""  # the reply so far
-        self.began: Began | None = None
-        self._stop = stop
-        self._happenings: asyncio.Queue[Happening | None] = asyncio.Queue()
-
-    def cancel(self, *, keep: bool) -> None:
-        """End the turn at its next token, with what was said kept or rolled back."""
-        self.cancelled = True
-        self.dropped = self.dropped or not keep
-        self._stop(self.id, keep)
-
-    def put(self, happening: Happening | None) -> None:
-        match happening:
-            case Began():
-                self.began = happening
-            case Words(text=text):
-                self.text += text
-            case Ended():
-                self.ended = True
-        self._happenings.put_nowait(happening)
-
-    def __aiter__(self) -> AsyncIterator[Happening]:
-        """Go on to the end; what comes after `Ended` is the consolidation it left due."""
-        return self
-
-    async def __anext__(self) -> Happening:
-        if (happening := await self._happenings.get()) is None:
-            self._happenings.put_nowait(None)  # it stays over
-            raise StopAsyncIteration
-        return happening
-
-
 class Turns:
     """Everything a turn needs, put together once."""
 
     def __init__(
         self,
         worker: Worker,
+        store: MemoryStore,
         residency: Residency,
+        tenures: Tenures,
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
         limits: Limits,
         learning: bool,
-        durability: str,
+        promised: Callable[[], Durability],
     ) -> None:
         self._worker = worker
+        self._store = store
         self._residency = residency
-        self._tokenizer = tokenizer
+        self._tenures = tenures
+        self._prompter = Prompter(tokenizer, most=limits.input_tokens, learning=learning)
         self._metrics = metrics
-        self._limits = limits
-        self._learning = learning
-        self._durability = durability
-        self._locks: dict[SessionKey, _Queue] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._promised = promised
+        self._queues = Queues(limits.waiting)
+        self._tasks: dict[asyncio.Task[None], OpenTurn] = {}
         self.draining = False
 
     def start(self, ask: Ask) -> OpenTurn:
         """Begin a turn; it goes on until it ends or is cancelled, whoever listens.
 
         Raises:
-            ApiError: 503 `draining`.
+            ApiError: 503 `draining`; 400 `durability_unavailable`.
         """
         if self.draining:
             raise _stopping()
+        if ask.durable:
+            _check_durable(self._promised())
         turn = OpenTurn(ask, lambda job, keep: self._worker.cancel(job, keep=keep))
         task = asyncio.create_task(self._run(turn), name=f"turn-{turn.id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = turn
+        task.add_done_callback(self._over)
         return turn
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        turn = self._tasks.pop(task)
+        if not turn.over:  # cancelled before it took its first step
+            self._fail(turn, _why(turn))
+            turn.put(None)
 
     async def drain(self, seconds: float) -> None:
         """Take no new turns, wait for the open ones, and drop those that take longer."""
@@ -137,25 +114,31 @@ class Turns:
         for task in self._tasks:
             task.cancel()
 
+    def expel(self, key: SessionKey) -> None:
+        """End every turn of a session that was deleted, and forget it."""
+        self._end(lambda ask: ask.key == key)
+        self._residency.forget(key)
+
+    def expel_user(self, tenant: str, user: str) -> None:
+        """End every turn that a person asked for, in sessions that may not exist yet."""
+        self._end(lambda ask: ask.user == user and ask.key is not None and ask.key.tenant == tenant)
+
+    def _end(self, concerned: Callable[[Ask], bool]) -> None:
+        for task, turn in self._tasks.items():
+            if concerned(turn.ask):
+                turn.deleted = True
+                task.cancel()
+
     @asynccontextmanager
-    async def alone(self, key: SessionKey) -> AsyncIterator[None]:
-        """Hold the session: no turn runs meanwhile (409 `session_busy` behind a full queue)."""
-        queue = self._locks.setdefault(key, _Queue())
-        if queue.waiting > self._limits.waiting:
-            raise ApiError(
-                409,
-                "session_busy",
-                f"session {key.session!r} has {queue.waiting} turns waiting; retry when one ended",
-                retry_after=1,
-            )
-        queue.waiting += 1
-        try:
-            async with queue.lock:
-                yield
-        finally:
-            queue.waiting -= 1
-            if not queue.waiting:
-                self._locks.pop(key, None)
+    async def writing(self, key: SessionKey) -> AsyncIterator[Hold]:
+        """Hold the session here and everywhere: no turn runs meanwhile.
+
+        Raises:
+            ApiError: 409 `session_busy` behind a full queue.
+            StoreError: its lease cannot be had, or was lost.
+        """
+        async with self._queues.alone(key), self._tenures.hold(key) as hold:
+            yield hold
 
     # --- one turn -----------------------------------------------------------------------------
 
@@ -163,32 +146,129 @@ class Turns:
         ask = turn.ask
         try:
             if ask.key is None or ask.mode is Mode.OFF:
-                await self._perform(turn, Resident(_NOBODY, 0, State(), Book()), "new")
+                nobody = Found(Resident(NOBODY, 0, State(), Book()), "new")
+                await self._perform(turn, nobody, None)
+            elif ask.mode is Mode.READ_ONLY:
+                async with self._queues.alone(ask.key):
+                    found = await self._timed(self._residency.look(ask.key))
+                    await self._perform(turn, found, None)
             else:
-                async with self.alone(ask.key):
-                    resident, source = await self._load(ask.key)
-                    after = await self._perform(turn, resident, source)
-                    if after is not None and after.state.due and not self.draining:
-                        await self._consolidate(turn, after)
+                async with self.writing(ask.key) as hold:
+                    await self._write(turn, hold)
         except asyncio.CancelledError:
-            self._fail(turn, _stopping())
+            self._fail(turn, _why(turn))
             raise
         except Exception as error:
             self._fail(turn, error)
         finally:
             turn.put(None)
 
-    async def _load(self, key: SessionKey) -> tuple[Resident, str]:
-        began = time.perf_counter()
-        resident, source = await self._residency.get(key)
-        self._metrics.loaded(source, time.perf_counter() - began)
-        if resident.state.due:  # a server stopped between a turn and its consolidation
-            resident = await self._consolidate(None, resident)
-        return resident, source
+    async def _write(self, turn: OpenTurn, hold: Hold) -> None:
+        """Have the turn, and consolidate what it left due; or tell what became of it before."""
+        if await self._replayed(turn, hold):
+            return
+        found = await self.current(hold)
+        # the store may have lost the turn, and have got it back from RAM only now
+        if found.recovered is not None and await self._replayed(turn, hold, found.recovered):
+            return
+        after = await self._perform(turn, found, hold)
+        if after is not None and after.state.due and not self.draining:
+            await self._consolidate(turn, after, hold)
 
-    async def _perform(self, turn: OpenTurn, base: Resident, source: str) -> Resident | None:
+    async def current(self, hold: Hold) -> Found:
+        """Return the session as it stands, with nothing due, to be written (see `writing`)."""
+        found = await self._timed(self._residency.get(hold.lease))
+        resident = found.resident
+        # a server may have stopped between a turn and its consolidation
+        if resident.state.due and not resident.book.frozen:
+            found = replace(found, resident=await self._consolidate(None, resident, hold))
+        return found
+
+    async def _timed(self, loading: Awaitable[Found]) -> Found:
+        began = time.perf_counter()
+        found = await loading
+        self._metrics.loaded(found.source, time.perf_counter() - began)
+        return found
+
+    async def _replayed(self, turn: OpenTurn, hold: Hold, recovered: str | None = None) -> bool:
+        """Answer a turn that was committed before under its id; it is not learned again."""
+        ask, key = turn.ask, hold.lease.key
+        if not ask.turn_id:
+            return False
+        found = await self._store.turn(key, ask.turn_id)
+        if found is None:
+            return False
+        promised = self._promised()
+        before = replayed(found, durability=promised.mode, durable=None, recovered=recovered)
+        if before is None:
+            return False
+        if found.payload["asked"] != ask.digest:
+            raise ApiError(
+                409,
+                "turn_id_reused",
+                f"turn {ask.turn_id!r} of session {key.session!r} asked something else before; "
+                "a new turn needs a new turn_id (or event_id)",
+                param="turn_id",
+            )
+        self._metrics.duplicate_turns.inc()
+        text, ended = before
+        if ask.durable:
+            confirmed = await self._residency.confirm(hold.lease, durable=promised.waits)
+            durable = confirmed or promised.mode == "always"
+            memory = ended.memory.model_copy(update={"durable": durable})
+            ended = replace(ended, memory=memory)
+        turn.put(Began(ended.memory.base_version, "host"))
+        if text:
+            turn.put(Words(text))
+        turn.put(ended)
+        return True
+
+    async def _perform(self, turn: OpenTurn, found: Found, hold: Hold | None) -> Resident | None:
         """Read, answer, commit; return the session as committed, if it was."""
-        ask = turn.ask
+        ask, base = turn.ask, found.resident
+        self._check(ask, base)
+        # encoding a long text takes long enough to be felt in everybody's stream
+        new, skipped = await asyncio.to_thread(self._prompter.unread, ask, base)
+        job = await asyncio.to_thread(self._prompter.job, turn.id, ask, base, new)
+        self._metrics.skipped(skipped)
+        turn.put(Began(base.version, found.source))
+        grown: list[Consolidated] = []
+        finished = None if turn.cancelled else await self._answer(turn, job, grown)
+        if finished is None or turn.dropped:
+            self._metrics.rolled_back("cancelled")
+            result = self._result(base, base, None, grown, Outcome.ROLLED_BACK, found.recovered)
+            turn.put(_ended(turn, None, 0, result))
+            return None
+        if finished.text:
+            turn.put(Words(finished.text))
+        if hold is None or base.book.frozen:
+            outcome = Outcome.OFF if base.key is NOBODY else Outcome.READ_ONLY
+            result = self._result(base, base, finished, grown, outcome, found.recovered)
+            turn.put(_ended(turn, finished, skipped, result))
+            return None
+        ended = _ended(
+            turn,
+            finished,
+            skipped,
+            self._result(
+                base,
+                replace(base, version=base.version + 1, state=finished.state),
+                finished,
+                grown,
+                Outcome.COMMITTED,
+                found.recovered,
+            ),
+        )
+        after, done = await self._commit(turn, hold, base, new, finished, ended, grown)
+        confirmed = done.durable or self._promised().mode == "always" if ask.durable else None
+        memory = ended.memory.model_copy(
+            update={"committed_version": after.version, "durable": confirmed}
+        )
+        turn.put(Kept(after.version))
+        turn.put(replace(ended, memory=memory))
+        return after
+
+    def _check(self, ask: Ask, base: Resident) -> None:
         if ask.if_version is not None and ask.if_version != base.version:
             raise ApiError(
                 412,
@@ -205,29 +285,14 @@ class Turns:
                 "use fewer",
                 param="metadata",
             )
-        # encoding a long text takes long enough to be felt in everybody's stream
-        new, skipped = await asyncio.to_thread(self._new_messages, ask, base)
-        job = await asyncio.to_thread(self._job, turn, base, new)
-        self._metrics.skipped(skipped)
-        turn.put(Began(base.version, source))
-        grown: list[Consolidated] = []
-        finished = None if turn.cancelled else await self._answer(turn, job, grown)
-        if finished is None or turn.dropped:
-            self._metrics.rolled_back("cancelled")
-            turn.put(self._ended(turn, base, None, grown, Outcome.ROLLED_BACK))
-            return None
-        if finished.text:
-            turn.put(Words(finished.text))
-        if base.key is _NOBODY or ask.mode is not Mode.READ_WRITE:
-            outcome = Outcome.READ_ONLY if ask.mode is Mode.READ_ONLY else Outcome.OFF
-            turn.put(self._ended(turn, base, finished, grown, outcome, skipped))
-            return None
-        after = await self._commit(turn, base, new, finished, grown)
-        turn.put(Kept(after.version))
-        turn.put(
-            self._ended(turn, after, finished, grown, Outcome.COMMITTED, skipped, base.version)
-        )
-        return after
+        if ask.user is not None and base.owner not in (None, ask.user):
+            raise ApiError(
+                409,
+                "user_mismatch",
+                f"session {base.key.session!r} belongs to another user than {ask.user!r}; "
+                "give every user sessions of their own",
+                param="user",
+            )
 
     async def _answer(
         self, turn: OpenTurn, job: Turn, grown: list[Consolidated]
@@ -254,17 +319,19 @@ class Turns:
     async def _commit(
         self,
         turn: OpenTurn,
+        hold: Hold,
         base: Resident,
         new: tuple[Message, ...],
         finished: Finished,
+        ended: Ended,
         grown: list[Consolidated],
-    ) -> Resident:
+    ) -> tuple[Resident, Committed]:
         book = base.book
         messages = [*new, Message(Role.ASSISTANT, turn.text)] if turn.ask.most else [*new]
         for message in messages:
             book = book.with_item(message)
         if turn.ask.instructions:
-            book = replace(book, instructions=_digest(turn.ask.instructions))
+            book = replace(book, instructions=digest(turn.ask.instructions))
         now = time.time()
         book = replace(
             book,
@@ -273,31 +340,39 @@ class Turns:
             learned_at={**book.learned_at, **dict.fromkeys((each.level for each in grown), now)},
             metadata={**book.metadata, **dict(turn.ask.metadata)},
         )
-        record = TurnRecord(
-            turn.id,  # the client's own may come twice, and both turns were had
-            {
-                "turn_id": turn.ask.turn_id,
-                "items": [[str(m.role), m.text] for m in messages],
-                "reason": str(finished.reason),
-                "at": now,
-            },
+        kept = record(
+            turn.ask.turn_id or turn.id,
+            turn.ask,
+            messages,
+            str(finished.reason),
+            turn.text,
+            ended,
         )
         turn.committing = True
-        after, written = await self._residency.commit(
-            base, finished.state, book, commit_id=turn.id, turn=record
-        )
-        self._metrics.committed(written, after.state)
-        return after
+        with hold.deciding():
+            after, done = await self._residency.commit(
+                base,
+                finished.state,
+                book,
+                lease=hold.lease,
+                commit_id=turn.id,
+                turns=(kept,),
+                owner=turn.ask.user,
+                durable=turn.ask.durable and self._promised().waits,
+            )
+        self._metrics.committed(done, after.state)
+        return after, done
 
-    async def _consolidate(self, turn: OpenTurn | None, base: Resident) -> Resident:
+    async def _consolidate(self, turn: OpenTurn | None, base: Resident, hold: Hold) -> Resident:
         """Apply what is due, as a commit of its own; a failure leaves it due."""
         id = uuid.uuid4().hex
         with self._metrics.consolidating(base.state.due):
             state, book = await self._apply(turn, Consolidation(id, base.state), base.book)
-            after, written = await self._residency.commit(
-                base, state, book, commit_id=id, turn=None
-            )
-        self._metrics.committed(written, after.state)
+            with hold.deciding():
+                after, done = await self._residency.commit(
+                    base, state, book, lease=hold.lease, commit_id=id
+                )
+        self._metrics.committed(done, after.state)
         if turn is not None:
             turn.put(Kept(after.version))
         return after
@@ -323,90 +398,28 @@ class Turns:
 
     # --- its parts ----------------------------------------------------------------------------
 
-    def _new_messages(self, ask: Ask, base: Resident) -> tuple[tuple[Message, ...], int]:
-        """Return the messages the session has not read, and the tokens that are skipped."""
-        known = known_prefix(base.book, ask.messages) if ask.history else 0
-        if known is None:
-            raise ApiError(
-                409,
-                "history_diverged",
-                f"the messages begin like session {base.key.session!r} but do not go on from all "
-                "that it has read; send only new messages, or use another session",
-                param="messages",
-            )
-        new = ask.messages[known:]
-        if ask.instructions and base.book.instructions != _digest(ask.instructions):
-            new = (Message(Role.SYSTEM, ask.instructions), *new)
-        skipped = sum(len(self._tokenizer.encode(m.text)) for m in ask.messages[:known])
-        return new, skipped
-
-    def _job(self, turn: OpenTurn, base: Resident, messages: tuple[Message, ...]) -> Turn:
-        ask = turn.ask
-        spans = self._spans(base, messages)
-        tokens = sum(len(span.ids) for span in spans)
-        if tokens > self._limits.input_tokens:
-            raise ApiError(
-                413,
-                "message_too_large",
-                f"the input has {tokens} tokens, more than {self._limits.input_tokens}; "
-                "send it in several turns, or raise HOPE_MAX_INPUT_TOKENS",
-                param="input",
-            )
-        learn = self._learning and ask.mode is Mode.READ_WRITE and base.key is not _NOBODY
-        rates = RATES | dict(ask.rates) if learn else {}
-        closing = self._tokenizer.closing() if ask.most else Span(Role.MARKUP, ())
-        return Turn(
-            id=turn.id,
-            state=base.state,
-            given=tuple((id, rates.get(span.role, 0.0)) for span in spans for id in span.ids),
-            closing=tuple((id, 0.0) for id in closing.ids),
-            most=ask.most,
-            said_weight=rates.get(Role.ASSISTANT, 0.0),
-            sampling=ask.sampling,
-            stops=ask.stops,
-            learn=learn,
-        )
-
-    def _spans(self, base: Resident, messages: tuple[Message, ...]) -> list[Span]:
-        if base.state.position or base.state.carry:
-            return self._tokenizer.following(messages)
-        return self._tokenizer.opening(messages)
-
-    def _ended(
+    def _result(
         self,
-        turn: OpenTurn,
+        base: Resident,
         after: Resident,
         finished: Finished | None,
         grown: list[Consolidated],
         outcome: Outcome,
-        skipped: int = 0,
-        base_version: int | None = None,
-    ) -> Ended:
+        recovered: str | None = None,
+    ) -> MemoryResult:
         kept = outcome is Outcome.COMMITTED
         moved = [each.level for each in grown if kept and each.outcome is not Update.REJECTED]
-        memory = MemoryResult(
-            conversation=None if after.key is _NOBODY else after.key.session,
-            base_version=after.version if base_version is None else base_version,
+        return MemoryResult(
+            conversation=None if base.key is NOBODY else base.key.session,
+            base_version=base.version,
             committed_version=after.version if kept else None,
             outcome=outcome,
-            durability=self._durability,
+            durability=self._promised().mode,
             updates=len(moved),
             consolidated_levels=sorted(set(moved)),
             due_levels=sorted({due.level for due in after.state.due}) if kept else [],
             surprise=finished.surprise if finished else None,
-        )
-        if finished is None:
-            return Ended("incomplete", "cancelled", 0, 0, 0, memory)
-        reason = finished.reason
-        return Ended(
-            "completed" if reason is Reason.STOP or not turn.ask.most else "incomplete",
-            None
-            if reason is Reason.STOP or not turn.ask.most
-            else ("cancelled" if reason is Reason.CANCELLED else "max_output_tokens"),
-            finished.read,
-            skipped,
-            finished.said,
-            memory,
+            recovered=recovered,
         )
 
     def _fail(self, turn: OpenTurn, error: Exception) -> None:
@@ -415,6 +428,8 @@ class Turns:
             log.error("turn %s failed: %s", turn.id, error, exc_info=said.code == "internal_error")
         else:
             log.info("turn %s refused: %s", turn.id, said.message)
+        if isinstance(error, Deleted) and turn.ask.key is not None:
+            self._residency.forget(turn.ask.key)
         if turn.ended:  # the turn stands; only its consolidation failed and stays due
             self._metrics.consolidation_failed()
             return
@@ -423,26 +438,41 @@ class Turns:
         if turn.began is not None and not unknown:
             self._metrics.rolled_back("failed")
         version = turn.began.base_version if turn.began else 0
-        nothing = Resident(turn.ask.key or _NOBODY, version, State(), Book())
+        nothing = Resident(turn.ask.key or NOBODY, version, State(), Book())
         outcome = Outcome.UNKNOWN if unknown else Outcome.ROLLED_BACK
-        ended = self._ended(turn, nothing, None, [], outcome)
-        turn.put(replace(ended, status="failed", reason=None, error=said))
+        result = self._result(nothing, nothing, None, [], outcome)
+        turn.put(Ended("failed", None, 0, 0, 0, result, said))
+
+
+def can_wait(promised: Durability) -> bool:
+    """Tell whether a commit can wait until it is on disk."""
+    return promised.waits or promised.mode == "always"
+
+
+def _check_durable(promised: Durability) -> None:
+    if not can_wait(promised):
+        why = WHY_NOT_DURABLE.format(promised)
+        raise ApiError(
+            400, "durability_unavailable", f"{why}; leave memory.wait out", param="memory.wait"
+        )
+
+
+def _ended(turn: OpenTurn, finished: Finished | None, skipped: int, memory: MemoryResult) -> Ended:
+    if finished is None:
+        return Ended("incomplete", "cancelled", 0, 0, 0, memory)
+    counts = (finished.read, skipped, finished.said)
+    if finished.reason is Reason.STOP or not turn.ask.most:
+        return Ended("completed", None, *counts, memory)
+    cut = finished.reason is Reason.CANCELLED
+    return Ended("incomplete", "cancelled" if cut else "max_output_tokens", *counts, memory)
+
+
+def _why(turn: OpenTurn) -> Exception:
+    """Return why a turn was cut off."""
+    if turn.deleted and turn.ask.key is not None:
+        return Deleted(turn.ask.key.session)
+    return _stopping()
 
 
 def _stopping() -> ApiError:
     return ApiError(503, "draining", "the server is stopping; send the turn again", retry_after=1)
-
-
-_NOBODY = SessionKey("nobody", "nobody")
-
-
-def _digest(instructions: str) -> str:
-    return link("", Message(Role.SYSTEM, instructions))
-
-
-class _Queue:
-    """Who waits for a session, the one it answers included."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.waiting = 0

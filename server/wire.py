@@ -59,11 +59,13 @@ class MemoryOptions(Wire):
 
     `read_write`: the turn is learned and committed. `read_only`: the memory is read, nothing is
     learned or committed. `off`: the base model, nothing of the session is read or written.
+    `wait`: `durable` holds the terminal event back until the store has the turn on disk.
     """
 
     mode: Mode = Mode.READ_WRITE
     if_version: int | None = None
     on_cancel: Literal["keep", "rollback"] = "keep"
+    wait: Literal["committed", "durable"] | None = None
     rates: dict[Role, Annotated[float, Field(ge=0.0, le=10.0)]] | None = None
 
 
@@ -75,6 +77,12 @@ Metadata = Annotated[
 ]
 # each is looked for at every token, on the thread that answers everybody
 Stop = Annotated[str, Field(max_length=256)]
+
+
+# the person whose session it is; and the name of a turn, by which it is learned only once
+User = Annotated[str, Field(min_length=1, max_length=128)]
+TURN_ID = 256  # characters
+TurnId = Annotated[str, Field(min_length=1, max_length=TURN_ID)]
 
 
 class Sampling(Wire):
@@ -103,14 +111,15 @@ class ResponseRequest(Sampling):
     metadata: Metadata | None = None
     include: list[str] | None = None
     memory: MemoryOptions = MemoryOptions()
-    turn_id: str | None = None
+    turn_id: TurnId | None = None
+    user: User | None = None
 
 
 class ResponseCreate(ResponseRequest):
     """The same over the socket."""
 
     type: Literal["response.create"]
-    event_id: str | None = None
+    event_id: TurnId | None = None
 
 
 class ResponseCancel(Wire):
@@ -149,13 +158,15 @@ class ChatRequest(Sampling):
     stream_options: StreamOptions | None = None
     conversation: str | ConversationRef | None = None
     memory: MemoryOptions = MemoryOptions()
-    turn_id: str | None = None
+    turn_id: TurnId | None = None
+    user: User | None = None
 
 
 class ConversationRequest(Wire):
     """The body of `POST /v1/conversations`."""
 
     metadata: Metadata | None = None
+    user: User | None = None
     items: Annotated[list[Any], Field(max_length=0)] | None = None  # a session begins by a turn
 
 
@@ -193,8 +204,8 @@ class Usage(Wire):
 class Outcome(StrEnum):
     """What became of a turn.
 
-    `unknown`: the store fell silent during the commit; look at the session's version before
-    you send the turn again.
+    `unknown`: the store fell silent during the commit; send the turn again under its `turn_id`:
+    if it was committed, its stored result comes back.
     """
 
     COMMITTED = "committed"
@@ -216,6 +227,9 @@ class MemoryResult(Wire):
     consolidated_levels: list[str]
     due_levels: list[str]  # levels that will be consolidated now, after this event
     surprise: float | None  # mean nats per token of the reply under the session's own model
+    durable: bool | None = None  # on disk, as the store confirmed; null where it was not asked for
+    replayed: bool = False  # the stored result of a turn that was committed before under its id
+    recovered: str | None = None  # what the store had lost or damaged, and what stands in for it
 
 
 class ErrorDetail(Wire):
@@ -223,6 +237,7 @@ class ErrorDetail(Wire):
     code: str
     message: str
     param: str | None = None
+    retry_after_s: float | None = None
 
 
 class IncompleteDetails(Wire):
@@ -370,6 +385,8 @@ class Session(Wire):
     fingerprint: str
     durability: str
     metadata: dict[str, str] = {}
+    user: str | None = None
+    frozen: bool = False  # turns read the memory, and nothing changes it
 
 
 class SessionList(Wire):
@@ -386,12 +403,79 @@ class Conversation(Wire):
     metadata: dict[str, str] = {}
 
 
+class SessionVersion(Wire):
+    """One kept version of a session."""
+
+    version: int
+    parent: int
+    object: Literal["session.version"] = "session.version"
+    created_at: float
+    tokens: int
+    turns: int
+    bytes: int
+    stored_bytes: int
+    frozen: bool
+    levels: list[LevelStatus]
+
+
+class VersionList(Wire):
+    object: Literal["list"] = "list"
+    data: list[SessionVersion]  # the newest first
+
+
+class LevelDifference(Wire):
+    """How far one level (or the fast `memory`) of two versions is apart."""
+
+    name: str
+    norm_from: float
+    norm_to: float
+    distance: float  # ||to - from||
+    change: float | None  # distance / norm_from; null where the level was empty
+
+
+class Difference(Wire):
+    """`GET /v1/sessions/{id}/diff`."""
+
+    object: Literal["session.diff"] = "session.diff"
+    id: str
+    from_version: int
+    to_version: int
+    tokens: int  # read between the two; negative where `to` is the older
+    levels: list[LevelDifference]
+
+
+class RollbackRequest(Wire):
+    version: Annotated[int, Field(ge=1)]
+
+
+class ForkRequest(Wire):
+    id: str | None = None  # of the new session; one is made up where it is left out
+    version: Annotated[int, Field(ge=1)] | None = None
+    user: User | None = None  # of the new session; the same person's where it is left out
+
+
 class DeletedSession(Wire):
+    """A receipt. `left` keys of the session were found by a last scan, its tombstone aside."""
+
     id: str
     object: Literal["conversation.deleted"] = "conversation.deleted"
     deleted: Literal[True] = True
     keys: int
     bytes: int
+    left: int = 0
+    remains: str = ""  # where older copies may still be, and until when
+
+
+class DeletedUser(Wire):
+    """A receipt for everything of one person."""
+
+    object: Literal["user.memory.deleted"] = "user.memory.deleted"
+    user: str
+    sessions: list[DeletedSession]
+    keys: int
+    bytes: int
+    left: int
+    remains: str
 
 
 class TranscriptItem(Wire):

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from redis import Redis
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+
+from memory_store import EmbeddedValkey
+from server.settings import Settings
 
 TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 QUIET_ENDS = (0, 130)
@@ -206,6 +210,44 @@ def test_a_server_that_is_told_to_stop_ends_quietly_whatever_is_open(serve, tmp_
     assert time.monotonic() - began < 5
     assert server.errors == ""
     assert is_gone(valkey)
+
+
+def lease_of(redis, name):
+    return redis.get(f"hope:{{local:{name}}}:l")
+
+
+def test_a_server_that_is_told_to_stop_mid_turn_lets_go_of_the_session(serve, tmp_path):
+    with EmbeddedValkey(tmp_path / "store") as valkey, Redis.from_url(valkey.url) as redis:
+        store = ("--redis-url", valkey.url)
+        server = serve(*store, HOPE_SERVER_ID="a", HOPE_SHUTDOWN_TIMEOUT="0.2").greeted()
+        Talk(server).turn(TURNS[0])
+        version = Talk(server).settled()["version"]
+        other = serve(*store, HOPE_SERVER_ID="b").greeted()
+        for round in range(64):  # the tiny model ends some replies by itself
+            with Talk(server).stream(f"tell me more {round}", most=4000) as events:
+                for _ in range(6):
+                    kind = next(events)["type"]
+                if kind in TERMINAL:
+                    continue
+                assert lease_of(redis, "ada") == b"a"
+                server.process.send_signal(signal.SIGTERM)
+                last = next(e["response"] for e in events if e["type"] in TERMINAL)
+                break
+
+        assert last["error"]["code"] == "draining"
+        assert server.ended() in QUIET_ENDS
+        assert lease_of(redis, "ada") is None
+        assert last["memory"]["base_version"] >= version
+        began = time.monotonic()
+        taken = Talk(other).turn("who am I?")
+        assert taken["memory"]["outcome"] == "committed"
+        assert taken["memory"]["base_version"] == last["memory"]["base_version"]
+        assert time.monotonic() - began < 5, "nobody waits for the lease of who let go"
+        assert "Traceback" not in server.errors + other.errors
+
+
+def test_a_server_waits_half_a_minute_for_its_turns_unless_told_otherwise():
+    assert Settings.model_fields["shutdown_timeout"].default == 30
 
 
 def test_turns_that_end_in_time_are_kept_at_shutdown(serve):

@@ -17,15 +17,34 @@ export function onLocked(ask) {
   askForKey = ask;
 }
 
-export async function call(method, path, query = {}) {
+export async function call(method, path, query = {}, options = {}) {
+  return (await answer(method, path, query, options)).json();
+}
+
+// A plain link carries no key, so with one the file goes through this tab.
+export async function download(path, name) {
+  const link = document.createElement("a");
+  link.download = name;
+  if (sessionStorage.getItem(KEY) === null) {
+    link.href = new URL(path, document.baseURI);
+    link.click();
+    return;
+  }
+  const file = await (await answer("GET", path, {}, {})).blob();
+  link.href = URL.createObjectURL(file);
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
+async function answer(method, path, query, options) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
-    const response = await send(method, path, query, key);
+    const response = await send(method, path, query, key, options);
     if (response.status === 401) {
       await unlock(key);
       continue;
     }
-    if (response.ok) return response.json();
+    if (response.ok) return response;
     throw await refusal(response);
   }
 }
@@ -38,12 +57,14 @@ export function openSocket() {
   return key ? new WebSocket(url, ["hope", `hope-key.${base64url(key)}`]) : new WebSocket(url);
 }
 
-async function send(method, path, query, key) {
+async function send(method, path, query, key, { body, version }) {
   const url = new URL(path, document.baseURI);
   url.search = new URLSearchParams(query);
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  if (body) headers["Content-Type"] = "application/json";
+  if (version) headers["If-Match"] = `"${version}"`;
   try {
-    return await fetch(url, { method, headers, cache: "no-store" });
+    return await fetch(url, { method, headers, body: body && JSON.stringify(body), cache: "no-store" });
   } catch {
     throw new ApiError(0, "unreachable", "The server cannot be reached.");
   }

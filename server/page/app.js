@@ -1,17 +1,18 @@
 // Puts the page together: the list of sessions, the talk in the middle, the memory beside it.
 
-import { ApiError, call, onLocked } from "./api.js";
+import { ApiError, call, download, onLocked } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { Line } from "./line.js";
 import { History, MemoryPanel } from "./memory.js";
-import { make, randomHex, short } from "./text.js";
+import { count, make, randomHex, short } from "./text.js";
 
 const element = (id) => document.getElementById(id);
 const line = new Line();
-const panel = new MemoryPanel();
+const panel = new MemoryPanel({ goBack, fork });
 const conversations = new Map(); // name -> Conversation
 const histories = new Map(); // name -> History
 const standing = new Map(); // name -> the session as the server last told it
+const kept = new Map(); // name -> its kept versions, the newest first
 let current = null; // the Conversation in view
 let nextPage = null;
 
@@ -90,10 +91,13 @@ function conversation(name) {
   made.addEventListener("change", () => {
     showComposer();
     showSessions();
+    if (made === current) showVersions();
   });
   made.addEventListener("kept", ({ detail }) => {
     const committed = detail.memory?.outcome === "committed";
     if (committed || !isNew(name)) attempt(() => refresh(name));
+    const recovered = detail.memory?.recovered;
+    if (recovered && made === current) say(`The memory had to be recovered: ${recovered}.`);
   });
   made.addEventListener("failed", ({ detail }) => giveBack(made, detail.said));
   made.addEventListener("lost", ({ detail }) => {
@@ -111,7 +115,7 @@ async function forget(session) {
     await call("DELETE", `v1/sessions/${encodeURIComponent(session.id)}`);
     clearTimeout(soon.get(session.id));
     recall(session.id).forget();
-    for (const kept of [conversations, histories, standing]) kept.delete(session.id);
+    for (const known of [conversations, histories, standing, kept]) known.delete(session.id);
     if (current?.name === session.id) await openSession(firstName());
     else showSessions();
   });
@@ -132,16 +136,84 @@ async function refresh(name) {
     const session = await call("GET", `v1/sessions/${encodeURIComponent(name)}`);
     standing.set(name, session);
     recall(name).remember(session);
+    if (current?.name === name) await listVersions(session);
   } catch (error) {
     if (error.status !== 404) throw error;
     standing.delete(name);
+    kept.delete(name);
   }
   showSessions();
   if (current?.name === name) showMemory();
 }
 
+async function listVersions({ id, version }) {
+  if (kept.get(id)?.[0]?.version === version) return;
+  const list = await call("GET", `v1/sessions/${encodeURIComponent(id)}/versions`);
+  kept.set(id, list.data);
+}
+
 function showMemory() {
   panel.show(standing.get(current.name) ?? null, recall(current.name));
+  showVersions();
+}
+
+function showVersions() {
+  const session = standing.get(current.name) ?? null;
+  panel.showVersions(session, session ? (kept.get(session.id) ?? []) : [], current.replying);
+}
+
+// Does something to the session in view; what it becomes is shown, or why it does not.
+async function act(name, options, words) {
+  const talk = current;
+  await attempt(async () => {
+    const path = `v1/sessions/${encodeURIComponent(talk.name)}/${name}`;
+    const session = await call("POST", path, {}, options);
+    if (name === "rollback") await talk.load();
+    await refresh(talk.name);
+    if (talk === current) say(words(session));
+  });
+  if (talk === current) showMemory();
+  closeDrawers(); // the words are behind them
+}
+
+function goBack(version) {
+  const now = standing.get(current.name).version;
+  const words = ({ version: made }) =>
+    `Went back to version ${count(version)}, which is version ${count(made)} now. ` +
+    `To undo it, go back to version ${count(now)}.`;
+  act("rollback", { body: { version }, version: now }, words);
+}
+
+function freeze(frozen) {
+  const words = () =>
+    frozen
+      ? "Frozen: what you say is answered from the memory, and not learned."
+      : "What you say is learned again.";
+  act(frozen ? "freeze" : "unfreeze", {}, words);
+}
+
+async function fork(version) {
+  const talk = current;
+  element("fork-words").textContent =
+    `A new session that knows what ${talk.name} knew at version ${count(version)}. ` +
+    "The two share nothing from then on.";
+  element("fork-name").value = `${talk.name}-${randomHex(1)}`;
+  if ((await ask("fork-dialog")) !== "yes") return;
+  const id = element("fork-name").value.trim();
+  await attempt(async () => {
+    const path = `v1/sessions/${encodeURIComponent(talk.name)}/fork`;
+    const session = await call("POST", path, {}, { body: { id, version } });
+    standing.set(session.id, session);
+    await openSession(session.id);
+    say(`This is a fork of ${talk.name} at version ${count(version)}.`);
+  });
+}
+
+function exportSession() {
+  const { id, version } = standing.get(current.name);
+  const path = `v1/sessions/${encodeURIComponent(id)}/export`;
+  closeDrawers();
+  attempt(() => download(path, `${id}.${version}.safetensors`));
 }
 
 const soon = new Map();
@@ -333,6 +405,8 @@ document.addEventListener("keydown", (event) => {
   if (!closeDrawers()) current?.stop();
 });
 element("stop").addEventListener("click", () => current?.stop());
+element("freeze").addEventListener("change", ({ target }) => freeze(target.checked));
+element("export").addEventListener("click", exportSession);
 element("new-session").addEventListener("click", beginSession);
 element("more-sessions").addEventListener("click", () =>
   attempt(async () => takePage(await call("GET", "v1/sessions", { limit: 50, cursor: nextPage }))),

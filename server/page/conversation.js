@@ -26,7 +26,8 @@ export class Conversation extends EventTarget {
   async load() {
     const items = await this.#transcript();
     this.begin();
-    if (items.length) this.element.replaceChildren(...items.map(toMessage));
+    const shown = [...items.map(toMessage), ...(this.turn?.shown ?? [])];
+    this.element.replaceChildren(...(shown.length ? shown : [welcome(this.name)]));
     this.#scroll(true);
   }
 
@@ -56,9 +57,10 @@ export class Conversation extends EventTarget {
     const body = reply.querySelector(".body");
     reply.dataset.streaming = "";
     this.element.setAttribute("aria-busy", "true");
-    this.element.append(message("user", text), reply);
+    const shown = [message("user", text), reply];
+    this.element.append(...shown);
     const id = `turn_${randomHex(16)}`;
-    this.turn = { id, said: text, mode, turns, reply, body, text: "", drawing: false };
+    this.turn = { id, said: text, mode, turns, shown, reply, body, text: "", drawing: false };
     this.line.send({
       type: "response.create",
       event_id: id,
@@ -207,6 +209,7 @@ function fate({ usage, memory, incomplete_details: cut }) {
     parts.push(kept ? "stopped; what was said is kept" : "stopped; nothing of it was kept");
   }
   if (cut?.reason === "max_output_tokens") parts.push("cut at the longest length");
+  if (memory?.replayed) parts.push("answered before, not learned again");
   if (kept) parts.push(`version ${count(memory.committed_version)}`);
   else if (memory) parts.push(memory.outcome.replace("_", " "));
   if (usage) parts.push(`${count(usage.input_tokens)} + ${count(usage.output_tokens)} tokens`);

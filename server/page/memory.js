@@ -44,8 +44,12 @@ export class History {
 export class MemoryPanel {
   #session = null;
   #levels = new Map();
+  #versions = new Versions();
 
-  constructor() {
+  // `goBack` and `fork` are called with the version that was chosen.
+  constructor({ goBack, fork }) {
+    this.#versions.goBack = goBack;
+    this.#versions.fork = fork;
     setInterval(() => this.#tellTimes(), 1000);
   }
 
@@ -54,7 +58,9 @@ export class MemoryPanel {
     this.#session = session;
     element("memory-facts").hidden = !session;
     element("memory-empty").hidden = Boolean(session);
-    element("frozen").hidden = session?.learning ?? true;
+    element("frozen").hidden = !session || (session.learning && !session.frozen);
+    element("frozen").textContent = session?.frozen ? "frozen" : "learning is off";
+    element("freeze").checked = session?.frozen ?? false;
     this.#showNews(history);
     if (!session) {
       this.#arrange([]);
@@ -74,6 +80,12 @@ export class MemoryPanel {
     this.#tellTimes();
     this.introduce(session);
     element("foot").append(fingerprint(session.fingerprint));
+  }
+
+  // The versions that are kept; `busy` while a turn runs, whose end would be a surprise.
+  showVersions(session, versions, busy) {
+    this.#versions.show(session, versions, busy);
+    element("freeze").disabled = busy;
   }
 
   // Which model this is, and how safe what it learns.
@@ -100,7 +112,64 @@ export class MemoryPanel {
 
   #tellTimes() {
     for (const level of this.#session?.levels ?? []) this.#levels.get(level.name).tellTime(level);
+    this.#versions.tellTimes();
   }
+}
+
+class Versions {
+  #rows = new Map(); // version -> its row
+  #session = null;
+
+  show(session, versions, busy) {
+    if (session?.id !== this.#session) this.#rows.clear();
+    this.#session = session?.id;
+    const rows = versions.map((version) => {
+      const row = this.#rows.get(version.version) ?? this.#row(version);
+      const now = version.version === session.version;
+      row.back.hidden = now;
+      row.back.disabled = busy || session.frozen;
+      row.back.title = session.frozen ? "a frozen memory does not change; unfreeze it first" : "";
+      row.now.hidden = !now;
+      return [version.version, row];
+    });
+    this.#rows = new Map(rows);
+    const items = [...this.#rows.values()].map((row) => row.element);
+    const shown = element("versions");
+    // rows that stay are left where they are, and with them the focus
+    const asMany = items.length === shown.children.length;
+    if (!asMany || items.some((item, index) => shown.children[index] !== item)) {
+      const focus = document.activeElement;
+      shown.replaceChildren(...items);
+      if (shown.contains(focus)) focus.focus();
+    }
+    this.tellTimes();
+  }
+
+  tellTimes() {
+    for (const { when, at } of this.#rows.values()) when.textContent = ago(Date.now() / 1000 - at);
+  }
+
+  #row({ version, created_at: at, tokens, turns }) {
+    const item = make("li", "version");
+    const head = make("strong", "", count(version));
+    const when = make("span", "soft");
+    const size = `${short(tokens)} tokens · ${count(turns)} turn${turns === 1 ? "" : "s"}`;
+    const now = make("span", "tag now", "now");
+    const back = act("Go back", `Go back to version ${version}`, () => this.goBack(version));
+    const fork = act("Fork", `Fork version ${version}`, () => this.fork(version));
+    const words = make("div", "version-words");
+    words.append(head, when, make("span", "soft size", size));
+    item.append(words, now, back, fork);
+    return { element: item, when, at, now, back };
+  }
+}
+
+function act(words, label, work) {
+  const button = make("button", "quiet small", words);
+  button.type = "button";
+  button.setAttribute("aria-label", label);
+  button.addEventListener("click", work);
+  return button;
 }
 
 class LevelCard {

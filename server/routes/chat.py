@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 
 from server import asks, wire
 from server.errors import ApiError
+from server.open_turn import OpenTurn
 from server.routes.responses import EventStream, finish, note
 from server.service import Service, key, service
 from server.turn import Ended, Words
-from server.turns import OpenTurn
 
 router = APIRouter()
 

@@ -16,9 +16,9 @@ from server import asks, wire
 from server.errors import ApiError
 from server.events import Narrator
 from server.metrics import Request as Measured
+from server.open_turn import OpenTurn
 from server.service import Service, key, service
 from server.turn import Began, Ended, Happening, Words
-from server.turns import OpenTurn
 
 router = APIRouter()
 

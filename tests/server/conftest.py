@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 import httpx2
 import pytest
 import torch
+from redis.asyncio import Redis
 from starlette.testclient import TestClient
 
 from hope_runtime.engine import Engine
@@ -16,12 +17,13 @@ from hope_runtime.model import Hope
 from hope_runtime.sampling import Sampling
 from hope_runtime.tokenizer import Message, Role
 from hope_runtime.weights.random import random_checkpoint, tiny_config
-from memory_store import LocalStore, SessionKey
+from memory_store import EmbeddedValkey, LocalStore, RedisStore, SessionKey, Unavailable
 from server.app import serving
 from server.security import LOCAL
 from server.service import Card
 from server.settings import Settings
-from server.turn import Ask, Ended
+from server.turn import Ask, Ended, Words
+from server.wire import Mode
 
 GREEDY = Sampling(temperature=0.0)
 URL = "http://127.0.0.1:8000"
@@ -43,25 +45,56 @@ class Fragile:
     """A store in RAM that fails and stalls as it is told."""
 
     def __init__(self):
-        self.kept = LocalStore()
+        self.kept = LocalStore(kept_versions=8)
         self.commits = 0
         self.failures = deque()  # what the next commits raise; None: one that succeeds
         self.going_on = asyncio.Event()  # while it is not set, commits wait
         self.going_on.set()
         self.down = None  # what every other call raises
+        self.deaf = None  # what renewals raise
+        self.renewals = 0
+        self.mute = False  # whether what commits reply is lost, though they are made
 
-    async def commit(self, key, change, *, expected, commit_id):
+    async def commit(self, lease, change, *, expected, commit_id, durable=False):
         await self.going_on.wait()
         failure = self.failures.popleft() if self.failures else None
         if failure is not None:
             raise failure
-        done = await self.kept.commit(key, change, expected=expected, commit_id=commit_id)
+        done = await self.kept.commit(lease, change, expected=expected, commit_id=commit_id)
         self.commits += 1
+        if self.mute:
+            raise Unavailable("127.0.0.1:6379", "connection reset")
         return done
 
-    async def load(self, key, *, fingerprint):
+    async def acquire(self, key, owner, *, seconds):
         self._answer()
-        return await self.kept.load(key, fingerprint=fingerprint)
+        return await self.kept.acquire(key, owner, seconds=seconds)
+
+    async def renew(self, held, *, seconds):
+        self._answer()
+        if self.deaf is not None:
+            raise self.deaf
+        self.renewals += 1
+        return await self.kept.renew(held, seconds=seconds)
+
+    async def release(self, held):
+        await self.kept.release(held)
+
+    async def load(self, key, *, fingerprint, version=None):
+        self._answer()
+        return await self.kept.load(key, fingerprint=fingerprint, version=version)
+
+    async def versions(self, key):
+        self._answer()
+        return await self.kept.versions(key)
+
+    async def owned(self, tenant, owner):
+        self._answer()
+        return await self.kept.owned(tenant, owner)
+
+    async def turn(self, key, turn_id):
+        self._answer()
+        return await self.kept.turn(key, turn_id)
 
     async def head(self, key):
         self._answer()
@@ -71,9 +104,9 @@ class Fragile:
         self._answer()
         return await self.kept.sessions(tenant, cursor=cursor, limit=limit)
 
-    async def turns(self, key, *, limit=200):
+    async def turns(self, key, *, limit=200, version=None):
         self._answer()
-        return await self.kept.turns(key, limit=limit)
+        return await self.kept.turns(key, limit=limit, version=version)
 
     async def delete(self, key):
         self._answer()
@@ -125,6 +158,15 @@ class House:
         happenings = await self.turn(text, session, most, **changes)
         [ended] = [each for each in happenings if isinstance(each, Ended)]
         return ended
+
+    async def reply(self, text, session="s", most=8, **changes):
+        """Have a turn; return its text alone."""
+        happenings = await self.turn(text, session, most, **changes)
+        return "".join(each.text for each in happenings if isinstance(each, Words))
+
+    async def probe(self, session="s"):
+        """Return what the session's memory makes of a question that it does not keep."""
+        return await self.reply("who am I, and what?", session, 24, mode=Mode.READ_ONLY)
 
     async def head(self, session="s"):
         return await self.store.head(SessionKey(LOCAL, session))
@@ -199,6 +241,30 @@ async def endless(build, anyio_backend):
 @pytest.fixture
 def fragile():
     return Fragile()
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory):
+    """The address of a real store."""
+    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server.url
+
+
+@pytest.fixture
+async def raw(valkey, anyio_backend):
+    """A plain client of the real store, which is empty: to look at what is there, and harm it."""
+    client = Redis.from_url(valkey)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def lasting(valkey, raw):
+    """A store on disk."""
+    store = await RedisStore.open(valkey)
+    yield store
+    await store.close()
 
 
 class Living:

@@ -36,13 +36,15 @@ store_version_regressions leases_held lease_events lease_renew_margin_seconds bu
 model_info draining
 """
 PROTOCOL = {f"hope_{name}" for name in AGREED.split()}
-# sockets opened (OpenMetrics knows one family of a name), and consolidations that stay due
-OURS = {"hope_websocket_opened", "hope_consolidation_failures"}
+# sockets opened (OpenMetrics knows one family of a name), consolidations that stay due, and keys
+# that an evicting store threw away
+OURS = {"hope_websocket_opened", "hope_consolidation_failures", "hope_store_evicted_keys"}
 LABELS = {
     "aof",
     "code",
     "direction",
     "endpoint",
+    "event",
     "from",
     "fingerprint",
     "kind",
@@ -198,7 +200,7 @@ async def test_loads_are_counted_by_where_the_session_was(afternoon):
 
     assert loads("new") == 2
     assert loads("host") >= 2
-    assert loads("store") >= 2
+    assert loads("store") == 1
     assert afternoon.sample("hope_time_to_first_token_seconds_count", session_state="new") == 2
     assert afternoon.sample("hope_time_to_first_token_seconds_count", session_state="cold") >= 1
     assert afternoon.sample("hope_time_to_first_token_seconds_count", session_state="warm") >= 1
@@ -226,12 +228,22 @@ async def test_the_store_is_counted_by_what_it_said(afternoon):
     assert ops("delete", "ok") == 1
     assert afternoon.sample("hope_store_bytes_total", direction="out") > 1000
     assert afternoon.sample("hope_store_bytes_total", direction="in") > 1000
+    assert ops("lease", "ok") > 10
     assert (
         afternoon.sample(
             "hope_store_durability_info", mode="memory", policy="noeviction", aof="false"
         )
         == 1
     )
+
+
+async def test_leases_are_counted_by_what_became_of_them(afternoon):
+    def leases(event):
+        return afternoon.sample("hope_lease_events_total", event=event)
+
+    assert leases("acquired") == leases("released") > 5
+    assert leases("lost") == leases("refused") == leases("fenced") == 0
+    assert afternoon.sample("hope_leases_held") == 0
 
 
 async def test_rollbacks_are_counted_by_reason(afternoon):

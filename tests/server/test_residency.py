@@ -1,6 +1,7 @@
 """Which sessions are in RAM, and what of a resent history is known already."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hope_runtime.sampling import Sampling
 from hope_runtime.state import State
 from hope_runtime.tokenizer import Message, Role
 from memory_store import Incompatible, LocalStore, SessionKey
-from server.residency import Book, Residency, known_prefix
+from server.book import Book, known_prefix
+from server.residency import Residency
 
 HELLO = Message(Role.USER, "hello")
 REPLY = Message(Role.ASSISTANT, "good day")
@@ -59,10 +61,16 @@ def state(build):
     return finished.state
 
 
+async def get(residency, name):
+    """Ask for a session as a turn does that is about to write it."""
+    return await residency.get(await residency.store.acquire(key(name), "me", seconds=30))
+
+
 async def commit(residency, name, state, kept=None):
-    base, _ = await residency.get(key(name))
+    lease = await residency.store.acquire(key(name), "me", seconds=30)
+    base = (await residency.get(lease)).resident
     after, _ = await residency.commit(
-        base, state, kept or base.book, commit_id=f"{name}-{base.version}", turn=None
+        base, state, kept or base.book, lease=lease, commit_id=f"{name}-{base.version}"
     )
     return after
 
@@ -72,19 +80,20 @@ async def commit(residency, name, state, kept=None):
 
 @pytest.mark.anyio
 async def test_a_session_nobody_knows_is_new_and_empty(residency):
-    resident, source = await residency().get(key("a"))
+    found = await get(residency(), "a")
 
-    assert source == "new"
+    resident = found.resident
+    assert (found.source, found.recovered) == ("new", None)
     assert (resident.version, resident.state, resident.book) == (0, State(), Book())
 
 
 @pytest.mark.anyio
 async def test_looking_at_a_new_session_keeps_nothing(residency):
     ram = residency()
-    await ram.get(key("a"))
+    await get(ram, "a")
 
     assert (len(ram), ram.bytes) == (0, 0)
-    assert (await ram.get(key("a")))[1] == "new"
+    assert (await get(ram, "a")).source == "new"
 
 
 @pytest.mark.anyio
@@ -92,10 +101,10 @@ async def test_a_committed_session_is_found_in_ram(residency, state):
     ram = residency()
     after = await commit(ram, "a", state)
 
-    resident, source = await ram.get(key("a"))
+    found = await get(ram, "a")
 
-    assert source == "host"
-    assert resident is after
+    assert found.source == "host"
+    assert found.resident is after
     assert ram.bytes == state.bytes
 
 
@@ -104,9 +113,10 @@ async def test_a_session_read_from_the_store_is_the_session_that_was_committed(r
     kept = Book(turns=3, surprise=2.5, metadata={"a": "b"}).with_item(HELLO)
     await commit(residency(), "a", state, kept)
 
-    resident, source = await residency().get(key("a"))
+    found = await get(residency(), "a")
 
-    assert source == "store"
+    resident = found.resident
+    assert found.source == "store"
     assert (resident.version, resident.book) == (1, kept)
     assert resident.state.position == state.position
     assert resident.state.carry == state.carry
@@ -122,13 +132,13 @@ async def test_the_least_recently_used_session_leaves_first(residency, state):
     ram = residency(budget=2 * state.bytes)
     await commit(ram, "a", state)
     await commit(ram, "b", state)
-    await ram.get(key("a"))
+    await get(ram, "a")
 
     await commit(ram, "c", state)
 
-    sources = {name: (await ram.get(key(name)))[1] for name in ("a", "c")}
+    sources = {name: (await get(ram, name)).source for name in ("a", "c")}
     assert sources == {"a": "host", "c": "host"}
-    assert (await ram.get(key("b")))[1] == "store"
+    assert (await get(ram, "b")).source == "store"
 
 
 @pytest.mark.anyio
@@ -146,7 +156,7 @@ async def test_one_session_stays_even_if_it_is_larger_than_the_budget(residency,
     ram = residency(budget=1)
     await commit(ram, "a", state)
 
-    assert (await ram.get(key("a")))[1] == "host"
+    assert (await get(ram, "a")).source == "host"
     await commit(ram, "b", state)
     assert len(ram) == 1
 
@@ -158,7 +168,7 @@ async def test_committing_again_counts_a_session_once(residency, state):
     await commit(ram, "a", state)
 
     assert (len(ram), ram.bytes) == (1, state.bytes)
-    assert (await ram.get(key("a")))[0].version == 2
+    assert (await get(ram, "a")).resident.version == 2
 
 
 @pytest.mark.anyio
@@ -169,7 +179,7 @@ async def test_a_dropped_session_is_read_again(residency, state):
     ram.drop(key("a"))
 
     assert ram.bytes == 0
-    assert (await ram.get(key("a")))[1] == "store"
+    assert (await get(ram, "a")).source == "store"
 
 
 @pytest.mark.anyio
@@ -177,21 +187,21 @@ async def test_a_session_of_another_model_is_refused_and_never_begun_anew(reside
     await commit(residency(), "a", state)
 
     with pytest.raises(Incompatible, match="serve the model that made it"):
-        await residency(fingerprint="other").get(key("a"))
+        await get(residency(fingerprint="other"), "a")
 
 
 @pytest.mark.anyio
 async def test_a_session_whose_window_is_missing_is_an_error_and_never_begun_anew(
     residency, store, state
 ):
-    after = await commit(residency(), "a", state)
-    whole = await store.load(key("a"), fingerprint="print")
-    held = store._sessions[key("a")]
+    await commit(residency(), "a", state)
+    kept = store._sessions[key("a")].kept
+    whole = kept[1].snapshot
     rest = {n: blob for n, blob in whole.blobs.items() if not n.startswith("window/")}
-    held.snapshot = type(whole)(whole.head, rest)
+    kept[1] = replace(kept[1], snapshot=replace(whole, blobs=rest))
 
     with pytest.raises(StateError):
-        await residency().get(after.key)
+        await get(residency(), "a")
 
 
 # --- what is known already ----------------------------------------------------------------------

@@ -42,7 +42,7 @@ def error(answer, status, code):
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert set(body) == {"error"}
-    assert set(body["error"]) == {"type", "code", "message", "param"}
+    assert set(body["error"]) == {"type", "code", "message", "param", "retry_after_s"}
     assert body["error"]["code"] == code
     assert body["error"]["message"]
     return body["error"]

@@ -14,6 +14,17 @@ from server.security import LOCAL, Gate
 ACME = "acme-key-0123456789"
 OTHER = "other-key-0123456789"
 KEYS = (f"acme:{ACME}", f"other:{OTHER}")
+NEW = {
+    "/v1/users/{user:path}/memory",
+    "/v1/sessions/{session}/versions",
+    "/v1/sessions/{session}/rollback",
+    "/v1/sessions/{session}/fork",
+    "/v1/sessions/{session}/freeze",
+    "/v1/sessions/{session}/unfreeze",
+    "/v1/sessions/{session}/diff",
+    "/v1/sessions/{session}/export",
+    "/v1/sessions/{session}/import",
+}
 OPEN = {"/", "/page/{name}", "/health/live", "/health/ready"}
 
 
@@ -53,7 +64,8 @@ async def test_every_route_is_known_to_this_test(locked):
     assert {"/v1/responses", "/v1/chat/completions", "/v1/sessions", "/metrics"} <= {
         route.path for route in routes
     }
-    assert len(routes) > 15
+    assert {route.path for route in routes} >= NEW
+    assert len(routes) > 24
 
 
 @pytest.mark.anyio
@@ -241,6 +253,7 @@ async def test_the_page_lets_no_foreign_code_in(house):
 async def test_a_session_of_another_tenant_is_not_there(locked):
     async with locked.client(ACME) as acme, locked.client(OTHER) as other:
         turn = {"input": "my name is Ada", "conversation": "s", "max_output_tokens": 4}
+        turn |= {"turn_id": "t-1", "user": "ada"}
         await acme.post("/v1/responses", json=turn)
 
         for method, path in (
@@ -249,13 +262,54 @@ async def test_a_session_of_another_tenant_is_not_there(locked):
             ("GET", "/v1/conversations/s/items"),
             ("DELETE", "/v1/sessions/s"),
             ("DELETE", "/v1/conversations/s"),
+            ("GET", "/v1/sessions/s/versions"),
+            ("GET", "/v1/sessions/s/diff"),
+            ("GET", "/v1/sessions/s/diff?from=1&to=1"),
+            ("GET", "/v1/sessions/s/export"),
+            ("GET", "/v1/sessions/s/export?version=1"),
+            ("POST", "/v1/sessions/s/rollback"),
+            ("POST", "/v1/sessions/s/fork"),
+            ("POST", "/v1/sessions/s/freeze"),
+            ("POST", "/v1/sessions/s/unfreeze"),
         ):
-            theirs = await other.request(method, path)
-            never = await other.request(method, re.sub(r"/s(?=/|$)", "/t", path))
+            known = len(locked.store._sessions)
+            body = {"version": 1} if method == "POST" else None
+            theirs = await other.request(method, path, json=body)
+            never = await other.request(method, re.sub(r"/s(?=/|\?|$)", "/t", path), json=body)
             assert theirs.status_code == never.status_code == 404
             assert theirs.text.replace("'s'", "'t'") == never.text
+            assert theirs.headers.keys() == never.headers.keys()
+            assert len(locked.store._sessions) == known
+        assert (await other.delete("/v1/users/ada/memory")).json()["sessions"] == []
         assert (await other.get("/v1/sessions")).json()["data"] == []
         assert (await acme.get("/v1/sessions/s")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_turn_id_tells_another_tenant_nothing(locked):
+    turn = {"input": "hello", "conversation": "s", "max_output_tokens": 4, "turn_id": "t-1"}
+    async with locked.client(ACME) as acme, locked.client(OTHER) as other:
+        await acme.post("/v1/responses", json=turn)
+
+        theirs = (await other.post("/v1/responses", json={**turn, "input": "goodbye"})).json()
+
+        assert (theirs["memory"]["replayed"], theirs["memory"]["base_version"]) == (False, 0)
+
+
+@pytest.mark.anyio
+async def test_a_file_brought_in_and_a_copy_stay_with_their_tenant(locked):
+    turn = {"input": "hello", "conversation": "s", "max_output_tokens": 4}
+    async with locked.client(ACME) as acme, locked.client(OTHER) as other:
+        await acme.post("/v1/responses", json=turn)
+        await other.post("/v1/responses", json=turn)
+        file = (await acme.get("/v1/sessions/s/export")).content
+        assert (await acme.put("/v1/sessions/t/import", content=file)).status_code == 201
+        assert (await acme.post("/v1/sessions/s/fork", json={"id": "u"})).status_code == 201
+
+        assert (await other.get("/v1/sessions/t")).status_code == 404
+        assert (await other.get("/v1/sessions/u")).status_code == 404
+        assert (await other.put("/v1/sessions/t/import", content=file)).status_code == 201
+        assert len((await other.get("/v1/sessions")).json()["data"]) == 2
 
 
 @pytest.mark.anyio

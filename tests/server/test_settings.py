@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.cli import Refusal, _settings
+from server.commands.terminal import Refusal, settings_from
 from server.settings import Settings
 
 KEY = "0123456789abcdef"
@@ -13,7 +13,7 @@ KEY = "0123456789abcdef"
 
 def complaint(**flags):
     with pytest.raises(Refusal) as caught:
-        _settings(**flags)
+        settings_from(**flags)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -52,7 +52,7 @@ def test_the_environment_is_read(monkeypatch):
 def test_a_flag_goes_before_the_environment(monkeypatch):
     monkeypatch.setenv("HOPE_PORT", "9001")
 
-    assert _settings(port=9002).port == 9002
+    assert settings_from(port=9002).port == 9002
 
 
 def test_variables_of_other_programs_are_left_alone(monkeypatch):

@@ -10,8 +10,9 @@ from hope_runtime.cadence import Due
 from hope_runtime.state import LevelState, State
 from hope_runtime.tokenizer import Message, Role
 from memory_store import Conflict, Full, LocalStore, NotFound, SessionKey, Unavailable
+from server.book import Book
 from server.errors import ApiError
-from server.residency import Book, Resident
+from server.residency import Resident
 from server.security import LOCAL
 from server.turn import Began, Ended, Grown, Kept, Words
 from server.wire import METADATA_KEYS, Mode, Outcome
@@ -70,17 +71,19 @@ async def test_what_was_said_is_in_the_transcript(endless):
     await rest(turn)
 
     [record] = await endless.store.turns(SessionKey(LOCAL, "s"))
-    assert record.payload["turn_id"] == "t-1"
+    assert (record.turn_id, record.version) == ("t-1", 1)
     assert record.payload["items"] == [["user", "hello"], ["assistant", turn.text]]
     assert (await endless.head()).meta["book"]["metadata"] == {"name": "Ada"}
 
 
-async def test_two_turns_under_one_id_are_two_in_the_transcript(endless):
-    for text in ("hello", "and then?"):
-        await endless.ended(text, turn_id="t-1")
+async def test_a_turn_without_an_id_gets_one_of_its_own(endless):
+    turns = [endless.start("hello", most=2) for _ in range(2)]
+    for turn in turns:
+        await rest(turn)
 
     records = await endless.store.turns(SessionKey(LOCAL, "s"))
-    assert [each.payload["items"][0][1] for each in records] == ["hello", "and then?"]
+    assert [record.turn_id for record in records] == [turn.id for turn in turns]
+    assert turns[0].id != turns[1].id
 
 
 async def test_a_session_takes_only_so_many_metadata_keys(endless):
@@ -299,18 +302,15 @@ async def test_a_session_that_cannot_be_read_is_an_error_and_not_a_new_session(b
     assert again.memory.base_version > 0
 
 
-async def test_of_two_servers_on_one_session_the_later_one_is_told_and_reads_anew(build):
+async def test_of_two_servers_on_one_session_each_goes_on_from_the_other(build):
     store = LocalStore()
-    async with build(store) as left, build(store) as right:
+    async with build(store, server_id="a") as left, build(store, server_id="b") as right:
         await left.turn("hello", rates=((Role.USER, 0.0),))
         await right.turn("hello", rates=((Role.USER, 0.0),))
 
-        conflict = await left.ended("hello")
-        settled = await left.ended("hello")
+        [began] = [each for each in await left.turn("hello") if isinstance(each, Began)]
 
-    assert conflict.error.code == "version_conflict"
-    assert conflict.memory.outcome is Outcome.ROLLED_BACK
-    assert settled.memory.base_version == 2
+    assert (began.base_version, began.source) == (2, "store")
 
 
 # --- stopping -----------------------------------------------------------------------------------
@@ -428,6 +428,16 @@ async def test_at_shutdown_open_turns_end_within_the_given_time_and_are_told_why
     assert fragile.commits == 0
 
 
+async def test_a_turn_that_is_cut_off_before_its_first_step_is_told_so(endless):
+    turn = endless.start("hello")
+    endless.turns.drop()
+
+    ended = one(Ended, await asyncio.wait_for(rest(turn), 1))
+
+    assert (ended.error.code, ended.memory.outcome) == ("draining", Outcome.ROLLED_BACK)
+    await endless.idle()
+
+
 # --- one after the other ------------------------------------------------------------------------
 
 
@@ -455,7 +465,7 @@ async def test_a_session_with_a_full_queue_is_busy_and_others_are_not(build, fra
     assert refused.error.retry_after == 1
     assert outcomes == [Outcome.COMMITTED] * 3
     assert later.memory.outcome is Outcome.COMMITTED
-    assert house.turns._locks == {}
+    assert len(house.turns._queues) == 0
 
 
 # --- consolidation after the reply --------------------------------------------------------------
@@ -543,7 +553,7 @@ async def test_a_turn_fails_if_due_work_cannot_be_committed_and_the_work_stays_d
 async def test_a_job_the_engine_cannot_seat_fails_and_later_turns_work(endless):
     key = SessionKey(LOCAL, "broken")
     await endless.turn("hello", "broken")
-    resident, _ = await endless.service.residency.get(key)
+    resident = endless.service.residency._held[key]
     [piece, *_] = resident.state.pieces
     bent = replace(resident.state, pieces=(replace(piece, keys=piece.keys[:, :1]),))
     endless.service.residency._hold(replace(resident, state=bent))
@@ -567,7 +577,7 @@ async def test_a_consolidation_that_raises_fails_its_turn_and_no_other(endless):
 
 async def test_a_memory_that_is_not_finite_fails_the_turn_and_is_not_committed(endless):
     await endless.turn("it rains in the hills today", "ill")
-    resident, _ = await endless.service.residency.get(SessionKey(LOCAL, "ill"))
+    resident = endless.service.residency._held[SessionKey(LOCAL, "ill")]
     delta = {name: d * torch.nan for name, d in resident.state.levels["fast"].delta.items()}
     ill = replace(resident.state, levels={"fast": LevelState(delta=delta)})
     endless.service.residency._hold(replace(resident, state=ill))
