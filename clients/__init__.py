@@ -1,6 +1,7 @@
 """Clients of a HOPE Server: `AsyncHope`, its blocking twin `Hope`, and the terminal `hope-chat`."""
 
 from clients.client import AsyncHope, AsyncReply, AsyncSession
+from clients.core import Exported, Patience
 from clients.errors import ConnectionLost, HopeError, ProtocolViolation, Refused, Unreachable
 from clients.sync import Hope, Reply, Session
 
@@ -9,8 +10,10 @@ __all__ = [
     "AsyncReply",
     "AsyncSession",
     "ConnectionLost",
+    "Exported",
     "Hope",
     "HopeError",
+    "Patience",
     "ProtocolViolation",
     "Refused",
     "Reply",

@@ -21,11 +21,16 @@ from clients.sync import Hope, Reply
 from server import wire
 
 HELP = """\
-/memory     what the session has learned, level by level
-/sessions   every session on the server
-/new NAME   go on as another session, new or old
-/delete     forget this session and everything it learned
-/quit       leave (Ctrl-D does too); Ctrl-C stops a reply and keeps what was said"""
+/memory       what the session has learned, level by level
+/versions     the versions of it that are kept
+/rollback N   go back to one of them; that can be undone the same way
+/fork NAME    copy it to a new session
+/freeze       let it be read, and not changed; /unfreeze ends that
+/export FILE  write all of it to a file
+/delete       forget this session and everything it learned
+/sessions     every session on the server
+/new NAME     go on as another session, new or old
+/quit         leave (Ctrl-D does too); Ctrl-C stops a reply and keeps what was said"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,9 +111,15 @@ class Chat:
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self._out.print(HELP),
             "/memory": lambda _: self._show_memory(),
+            "/versions": lambda _: self._show_versions(),
+            "/rollback": self._roll_back,
+            "/fork": self._fork,
+            "/freeze": lambda _: self._freeze(),
+            "/unfreeze": lambda _: self._unfreeze(),
+            "/export": self._export,
+            "/delete": lambda _: self._delete(),
             "/sessions": lambda _: self._show_sessions(),
             "/new": self._switch,
-            "/delete": lambda _: self._delete(),
         }
 
     def run(self) -> int:
@@ -177,12 +188,17 @@ class Chat:
             self._out.print()
         if self._interactive:
             self._out.print(summary(reply), style="dim")
+        if reply.memory is not None and reply.memory.recovered is not None:
+            self._warn(f"memory recovered: {reply.memory.recovered}")
 
     def _tell_stopped(self, reply: Reply) -> None:
         self._out.print()
         kept = reply.memory is not None and reply.memory.outcome is wire.Outcome.COMMITTED
         fate = "what was said is kept" if kept else "nothing of it was kept"
-        self._err.print(f"stopped; {fate}", style="yellow")
+        self._warn(f"stopped; {fate}")
+
+    def _warn(self, sentence: str) -> None:
+        self._err.print(printable(sentence), style="yellow")
 
     def _greet(self) -> None:
         try:
@@ -199,7 +215,8 @@ class Chat:
         else:
             self._out.print(
                 f"{self._session.name} · version {status.version} · "
-                f"{status.tokens:,} tokens in memory · {status.model}; /help for help",
+                f"{status.tokens:,} tokens in memory · "
+                f"{'frozen · ' if status.frozen else ''}{status.model}; /help for help",
                 style="dim",
             )
 
@@ -211,8 +228,47 @@ class Chat:
         self._out.print(
             f"{status.id}: version {status.version}, {status.tokens:,} tokens, "
             f"{status.turns} turns, surprise of the last reply {surprise}"
+            f"{', frozen' if status.frozen else ''}"
         )
         self._out.print(levels_table(status.levels, time.time()))
+
+    def _show_versions(self) -> None:
+        self._out.print(versions_table(self._session.versions(), time.time()))
+
+    def _roll_back(self, number: str) -> None:
+        if not number.isdecimal():
+            self.complain("Name the version: /rollback N; /versions lists them")
+            return
+        now = self._session.rollback(int(number))
+        self._out.print(
+            f"{now.id} is as it was at version {number}, which is version {now.version} now."
+        )
+
+    def _fork(self, name: str) -> None:
+        if not name:
+            self.complain("Name the new session: /fork NAME")
+            return
+        made = self._session.fork(name)
+        self._out.print(f"{made.name} is a copy of {self._session.name}. Talk to it: /new {name}")
+
+    def _freeze(self) -> None:
+        now = self._session.freeze()
+        self._out.print(f"{now.id} is frozen at version {now.version}; it is read, not changed.")
+
+    def _unfreeze(self) -> None:
+        now = self._session.unfreeze()
+        self._out.print(f"{now.id} learns again, from version {now.version} on.")
+
+    def _export(self, name: str) -> None:
+        if not name:
+            self.complain("Name the file: /export FILE")
+            return
+        try:
+            written = self._session.export(Path(name).expanduser())
+        except OSError as error:
+            self.complain(f"{name} cannot be written: {error.strerror or error}.")
+        else:
+            self._out.print(f"Version {written.version} is in {name} ({written.bytes:,} bytes).")
 
     def _show_sessions(self) -> None:
         table = _table("session", "version", "tokens", "turns", "last changed")
@@ -238,6 +294,10 @@ class Chat:
             return
         gone = self._session.delete()
         self._out.print(f"{gone.id} is forgotten ({gone.bytes:,} bytes). Go on with /new NAME.")
+        if gone.left:
+            self._warn(f"{gone.left} keys of it are left in the store.")
+        if gone.remains:
+            self._out.print(f"Older copies: {gone.remains}.", style="dim")
 
     def _sure(self) -> bool:
         question = f"Forget {self._session.name} and everything it learned? [y/N] "
@@ -258,6 +318,8 @@ def summary(reply: Reply) -> str:
         version = reply.memory.committed_version
         outcome = reply.memory.outcome.replace("_", " ")
         parts.append(f"version {version} committed" if version is not None else outcome)
+        if reply.memory.replayed:
+            parts.append("answered before: not learned again")
     if reply.usage is not None:
         parts.append(f"{reply.usage.input_tokens} + {reply.usage.output_tokens} tokens")
     if reply.memory is not None and reply.memory.surprise is not None:
@@ -291,6 +353,20 @@ def levels_table(levels: Sequence[wire.LevelStatus], now: float) -> Table:
             "-" if level.last_loss is None else f"{level.last_loss:.2f}",
             f"{level.movement:.3%}",
             str(level.due or ""),
+        )
+    return table
+
+
+def versions_table(versions: Sequence[wire.SessionVersion], now: float) -> Table:
+    table = _table("version", "from", "when", "tokens", "turns", "")
+    for one in versions:
+        table.add_row(
+            str(one.version),
+            str(one.parent or "-"),
+            ago(now - one.created_at),
+            f"{one.tokens:,}",
+            str(one.turns),
+            "frozen" if one.frozen else "",
         )
     return table
 

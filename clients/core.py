@@ -10,12 +10,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import ValidationError
 
-from clients.errors import ConnectionLost, HopeError, ProtocolViolation, Refused
+from clients.errors import ConnectionLost, HopeError, ProtocolViolation, Refused, Unreachable
 from server import wire
 
 # --- asking -----------------------------------------------------------------------------------
@@ -34,8 +34,10 @@ class Options(TypedDict, total=False):
     stop: str | list[str] | None
     max_output_tokens: int | None
     metadata: dict[str, str] | None
+    user: str | None
     mode: wire.Mode
-    on_cancel: str
+    on_cancel: Literal["keep", "rollback"]
+    wait: Literal["committed", "durable"] | None
     if_version: int | None
     rates: dict[wire.Role, float] | None
 
@@ -161,7 +163,9 @@ _TERMINAL = frozenset({"response.completed", "response.incomplete", "response.fa
 class Turn:
     """One request and its reply: what was asked, what has been said, how it ended.
 
-    An event out of order raises `ProtocolViolation` and leaves the turn as it was.
+    An event out of order raises `ProtocolViolation` and leaves the turn as it was. A turn that
+    failed may be had `again`; what was shown of its reply then has to come first once more, and
+    a reply that begins otherwise ends the turn as `diverged`.
     """
 
     def __init__(self, request: wire.ResponseCreate, turn_id: str) -> None:
@@ -171,6 +175,10 @@ class Turn:
         self.text = ""
         self.response: wire.Response | None = None
         self.error: HopeError | None = None
+        self.tries = 1
+        self.diverged = False
+        self.failures: list[HopeError] = []  # of the tries before this one
+        self._heard = ""  # in this try
         self._number = -1
 
     @property
@@ -180,6 +188,11 @@ class Turn:
     @property
     def learns(self) -> bool:
         return self.request.memory.mode is wire.Mode.READ_WRITE
+
+    @property
+    def behind(self) -> bool:
+        """Whether this try has yet to say again what was shown."""
+        return len(self._heard) < len(self.text)
 
     def receive(self, event: wire.Event) -> list[Fact]:
         phase = self._phase_after(event)
@@ -200,6 +213,28 @@ class Turn:
         self.phase, self.error = Phase.ENDED, error
         return [Failed(error)]
 
+    def again(self, error: HopeError, shown: int) -> None:
+        """Forget a try that failed, to be asked for once more under the same id.
+
+        Args:
+            error: what the try failed with.
+            shown: how many characters of the reply somebody has been given.
+        """
+        self.failures.append(error)
+        self.tries += 1
+        self.text, self._heard = self.text[:shown], ""
+        self.phase, self.response, self.error, self._number = Phase.ASKED, None, None, -1
+
+    def verdict(self, error: HopeError) -> HopeError:
+        """Return what to raise after a last try that failed with `error`.
+
+        A passing trouble says nothing of the tries before it: if one of them may have been
+        committed, that is what the caller has to know.
+        """
+        if error.may_be_committed or not passes(error):
+            return error
+        return next((one for one in self.failures if one.may_be_committed), error)
+
     def _phase_after(self, event: wire.Event) -> Phase:
         if event.type in _TERMINAL and self.phase not in (Phase.ASKED, Phase.ENDED):
             return Phase.ENDED
@@ -217,25 +252,112 @@ class Turn:
                 return []
             case "response.failed":
                 self.response = event.response
-                return self.fail(Refused(_failure(event.response)))
+                return self.fail(_failure(event.response))
             case _:
                 self.response = event.response
-                return [*self._say(self._unsaid(event.response)), Finished(event.response)]
+                facts = self._say(self._unsaid(event.response))
+                if self.diverged:
+                    return facts
+                return self._diverge() if self.behind else [*facts, Finished(event.response)]
 
     def _say(self, piece: str) -> list[Fact]:
-        self.text += piece
-        return [Text(piece)] if piece else []
+        self._heard += piece
+        if self.behind and self.text.startswith(self._heard):
+            return []
+        if not self._heard.startswith(self.text):
+            return self._diverge()
+        fresh = self._heard[len(self.text) :]
+        self.text = self._heard
+        return [Text(fresh)] if fresh else []
+
+    def _diverge(self) -> list[Fact]:
+        """Fail with what the shown reply broke off with; this one may be learned for all we know.
+
+        Nobody gets the beginning of one reply and the end of another.
+        """
+        self.diverged = True
+        error = self.failures[-1]
+        error.may_be_committed = self.learns
+        return self.fail(error)
 
     def _unsaid(self, response: wire.Response) -> str:
         """Return what a reply holds beyond what was streamed: all of it, when it is replayed."""
         whole = "".join(part.text for item in response.output for part in item.content)
-        return whole[len(self.text) :] if whole.startswith(self.text) else ""
+        return whole[len(self._heard) :] if whole.startswith(self._heard) else ""
 
 
-def _failure(response: wire.Response) -> wire.ErrorDetail:
-    return response.error or wire.ErrorDetail(
+def _failure(response: wire.Response) -> Refused:
+    detail = response.error or wire.ErrorDetail(
         type="server_error", code="response_failed", message="The server could not finish the turn."
     )
+    memory = response.memory
+    unknown = memory is not None and memory.outcome is wire.Outcome.UNKNOWN
+    return Refused(detail, may_be_committed=unknown)
+
+
+# --- sending it again -------------------------------------------------------------------------
+
+# what a server says that may answer in a moment, or whose neighbour may
+_PASSING = frozenset(
+    {
+        "draining",
+        "store_unavailable",
+        "session_busy",
+        "session_moved",
+        "http_502",  # of a proxy whose server is being restarted
+        "http_503",
+        "http_504",
+    }
+)
+
+
+def passes(error: HopeError) -> bool:
+    """Tell whether the same turn, sent again, may well fare better.
+
+    >>> passes(Refused.from_http(503, "")), passes(Refused.from_http(401, ""))
+    (True, False)
+    """
+    match error:
+        case Refused():
+            return error.code in _PASSING
+        case ConnectionLost() | Unreachable():
+            return True
+        case _:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How often a turn is sent, under one id, until it is answered, and how long that may take.
+
+    The id makes it safe: the server learns a turn once and answers it from the store after that.
+    Pauses double from `pause`, or are as long as the server asks, and together stay under
+    `seconds`. `Patience(tries=1)` sends every turn once.
+    """
+
+    tries: int = 3
+    pause: float = 0.5
+    seconds: float = 15.0
+
+    def wait(self, turn: Turn, error: HopeError, *, waited: float, chance: float) -> float | None:
+        """Return the seconds to wait before a turn is sent again; None: it is not.
+
+        Args:
+            turn: the turn that failed.
+            error: what it failed with.
+            waited: seconds waited between its tries so far.
+            chance: from 0 to 1; spreads out clients that failed together.
+        """
+        if turn.diverged or turn.tries >= self.tries or not passes(error):
+            return None
+        if isinstance(error, Unreachable) and turn.tries == 1:
+            return None  # a wrong address, rather than a server that is being restarted
+        asked = error.retry_after_s if isinstance(error, Refused) else None
+        pause = max(asked or 0.0, self.pause * 2 ** (turn.tries - 1)) * (1 + chance / 2)
+        return pause if waited + pause <= self.seconds else None
+
+
+PATIENT = Patience()
 
 
 class Record:
@@ -277,6 +399,21 @@ class Record:
     def version(self) -> int | None:
         """The version of the session that holds this turn; None if it was not committed."""
         return self.memory.committed_version if self.memory else None
+
+    @property
+    def tries(self) -> int:
+        """How often the turn was sent, under one id; it is learned once."""
+        return self.turn.tries
+
+
+# --- sessions as files ------------------------------------------------------------------------
+
+
+class Exported(NamedTuple):
+    """Which version of a session a file holds, and in how many bytes."""
+
+    version: int
+    bytes: int
 
 
 # --- one connection ---------------------------------------------------------------------------
@@ -334,7 +471,7 @@ class Connection:
                 return []
 
     def lose(self, reason: str) -> list[Heard]:
-        """The line is gone: every open turn ends here, its fate unknown."""
+        """The line is gone: every open turn fails, its fate unknown."""
         if self._complaint is not None:
             reason = self._complaint.message
         turns, self._turns = list(self._turns.values()), {}

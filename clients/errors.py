@@ -24,6 +24,7 @@ class HopeError(Exception):
 
     code: str = "client_error"
     status: int | None = None
+    may_be_committed: bool = False  # the session may have learned the turn; nobody can tell yet
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -37,10 +38,11 @@ class Unreachable(HopeError):
 
 
 class ConnectionLost(HopeError):
-    """The line broke in the middle of a turn.
+    """The line broke in the middle of a turn, and sending it again did not help.
 
-    With `may_be_committed` the turn was on its way and its terminal event never came. Compare
-    `session.status().turns` with what it was before to know whether it is.
+    With `may_be_committed` the turn was on its way and its terminal event never came. Say the
+    same again under this `turn_id`, whenever you like: it is learned once, and answered as it
+    was if it had been committed.
     """
 
     code = "connection_lost"
@@ -58,7 +60,11 @@ class ProtocolViolation(HopeError):
 
 
 class Refused(HopeError):
-    """The server said no, or could not finish the turn; nothing of it was kept."""
+    """The server said no, or could not finish the turn.
+
+    Nothing of it was kept, unless `may_be_committed`: then the store fell silent while the turn
+    was committed, and only the same turn_id, sent again, tells.
+    """
 
     def __init__(
         self,
@@ -66,13 +72,15 @@ class Refused(HopeError):
         *,
         status: int | None = None,
         retry_after_s: float | None = None,
+        may_be_committed: bool = False,
     ) -> None:
         super().__init__(error.message)
         self.type = error.type
         self.code = error.code
         self.param = error.param
         self.status = status
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = error.retry_after_s if retry_after_s is None else retry_after_s
+        self.may_be_committed = may_be_committed
 
     @classmethod
     def from_http(cls, status: int, body: str | bytes, retry_after: str | None = None) -> Self:

@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from clients import core
+from clients import core, files
 from clients.client import DEFAULT_URL, AsyncHope, AsyncReply, AsyncSession, OnMemory
 from clients.errors import ConnectionLost, HopeError, ProtocolViolation, Refused, Unreachable
 from server import wire
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 class Hope:
     """A client of one server; may be shared between threads. See `AsyncHope`.
 
-    `on_memory` is called on the client's own thread.
+    `on_memory` and `on_progress` are called on the client's own thread.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class Hope:
         api_key: str | None = None,
         *,
         on_memory: OnMemory | None = None,
+        patience: core.Patience = core.PATIENT,
     ) -> None:
-        self._hope = AsyncHope(url, api_key, on_memory=on_memory)
+        self._hope = AsyncHope(url, api_key, on_memory=on_memory, patience=patience)
         self._loop = _Loop()
 
     def session(self, name: str) -> Session:
@@ -55,6 +56,20 @@ class Hope:
 
     def sessions(self) -> list[wire.Session]:
         return self._loop.run(self._hope.sessions())
+
+    def import_session(
+        self,
+        name: str,
+        place: files.Place,
+        *,
+        user: str | None = None,
+        on_progress: files.Progress | None = None,
+    ) -> Session:
+        made = self._hope.import_session(name, place, user=user, on_progress=on_progress)
+        return Session(self._loop.run(made), self._loop)
+
+    def forget_user(self, user: str) -> wire.DeletedUser:
+        return self._loop.run(self._hope.forget_user(user))
 
     def models(self) -> list[wire.ModelCard]:
         return self._loop.run(self._hope.models())
@@ -102,6 +117,37 @@ class Session:
     def transcript(self) -> list[wire.TranscriptItem]:
         return self._loop.run(self._session.transcript())
 
+    def versions(self) -> list[wire.SessionVersion]:
+        return self._loop.run(self._session.versions())
+
+    def rollback(self, version: int, *, if_version: int | None = None) -> wire.Session:
+        return self._loop.run(self._session.rollback(version, if_version=if_version))
+
+    def freeze(self, *, if_version: int | None = None) -> wire.Session:
+        return self._loop.run(self._session.freeze(if_version=if_version))
+
+    def unfreeze(self, *, if_version: int | None = None) -> wire.Session:
+        return self._loop.run(self._session.unfreeze(if_version=if_version))
+
+    def fork(
+        self, name: str | None = None, *, version: int | None = None, user: str | None = None
+    ) -> Session:
+        made = self._session.fork(name, version=version, user=user)
+        return Session(self._loop.run(made), self._loop)
+
+    def diff(self, before: int | None = None, after: int | None = None) -> wire.Difference:
+        return self._loop.run(self._session.diff(before, after))
+
+    def export(
+        self,
+        place: files.Place,
+        *,
+        version: int | None = None,
+        on_progress: files.Progress | None = None,
+    ) -> core.Exported:
+        written = self._session.export(place, version=version, on_progress=on_progress)
+        return self._loop.run(written)
+
     def delete(self) -> wire.DeletedSession:
         return self._loop.run(self._session.delete())
 
@@ -122,12 +168,15 @@ class Reply(core.Record):
             while (piece := self._loop.run(self._reply.next_piece())) is not None:
                 yield piece
         finally:
-            if not self.ended:
+            if not self._reply.over:
                 self.cancel()
 
     def finish(self) -> Self:
-        for _ in self:
-            pass
+        try:
+            self._loop.run(self._reply.finish())
+        finally:
+            if not self._reply.over:
+                self.cancel()
         return self
 
     def cancel(self) -> Self:

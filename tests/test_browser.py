@@ -4,6 +4,7 @@ import re
 import uuid
 from pathlib import Path
 
+import httpx2
 import pytest
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -61,8 +62,9 @@ def say(page, words, seconds=30):
     replies = page.locator(".message.assistant").count()
     page.fill("#text", words)
     page.press("#text", "Enter")
-    page.locator(".message.assistant .meta").nth(replies).wait_for(timeout=1000 * seconds)
-    return page.locator(".message.assistant").nth(replies)
+    reply = page.locator(".message.assistant").nth(replies)
+    reply.locator(".meta").wait_for(timeout=1000 * seconds)
+    return reply
 
 
 def grown(page, length):
@@ -149,6 +151,46 @@ def test_a_session_is_forgotten_when_it_is_asked_to_be(page):
     page.click("#delete-dialog button[value=yes]")
 
     page.locator(".session .name").get_by_text(name, exact=True).wait_for(state="detached")
+
+
+def test_an_older_version_is_gone_back_to_and_copied(page, server):
+    name = page.locator("#title").text_content()
+    for number, words in enumerate(("my bees swarm in May", "the mill stands still"), 1):
+        say(page, words)
+        page.locator("#fact-turns").get_by_text(str(number), exact=True).wait_for()
+    first = page.locator(".version", has_text="1 turn").last
+
+    first.get_by_role("button", name="Go back").click()
+    page.wait_for_selector("#notice:has-text('Went back to version')")
+
+    page.locator("#fact-turns").get_by_text("1", exact=True).wait_for()
+    said = page.locator(".message.user .body").all_text_contents()
+    assert said == ["my bees swarm in May"]
+
+    page.locator(".version").first.get_by_role("button", name="Fork").press("Enter")
+    page.fill("#fork-name", f"{name}-twin")
+    page.press("#fork-name", "Enter")
+    page.locator("#title").get_by_text(f"{name}-twin", exact=True).wait_for()
+    say(page, "and the twin hears this")
+
+    said = page.locator(".message.user .body").all_text_contents()
+    assert said == ["my bees swarm in May", "and the twin hears this"]
+    with httpx2.Client(base_url=server.url) as http:
+        assert http.get(f"/v1/sessions/{name}").json()["turns"] == 1
+
+
+def test_a_frozen_memory_is_read_and_not_changed(page):
+    say(page, "my bees swarm in May")
+    page.wait_for_selector("#memory-facts:visible")
+
+    page.locator("#freeze").check()
+    page.wait_for_selector("#frozen:visible")
+    meta = say(page, "do not learn this").locator(".meta").text_content()
+    assert "read only" in meta
+
+    page.locator("#freeze").uncheck()
+    page.wait_for_selector("#frozen", state="hidden")
+    assert "version" in say(page, "learn this").locator(".meta").text_content()
 
 
 def test_a_server_with_keys_is_opened_with_one(tab, serve):

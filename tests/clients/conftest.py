@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -38,12 +41,46 @@ def refusal(status: int, code: str, message: str) -> JSONResponse:
     return JSONResponse({"error": detail.model_dump()}, status)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The line breaks instead of the event of this number; the turn stands if it had ended."""
+
+    at: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The turn is refused at once."""
+
+    code: str
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The turn fails after some words of it were said."""
+
+    code: str
+    outcome: wire.Outcome = wire.Outcome.ROLLED_BACK
+
+
 class StandIn:
-    """Sessions are counters of turns; replies follow a script."""
+    """Sessions are lists of turns; replies follow a script, and turns are learned once.
+
+    `faults` is what goes wrong with the turns to come, one after the other.
+    """
+
+    cut, refusal, failure = Cut, Refusal, Failure
 
     def __init__(self, *, key: str | None = None) -> None:
         self.key = key
         self.sessions: dict[str, list[tuple[str, str]]] = {}
+        self.kept: dict[str, list[list[tuple[str, str]]]] = {}  # the turns of each version
+        self.frozen: set[str] = set()
+        self.users: dict[str, str] = {}
+        self.recovered: str | None = None
+        self.learned: dict[str, str] = {}  # what was answered to a turn id
+        self.faults: list[Cut | Refusal | Failure] = []
         self.requests: list[wire.ResponseCreate] = []
         self.sockets = 0
         self.url = ""
@@ -51,6 +88,15 @@ class StandIn:
             routes=[
                 WebSocketRoute("/v1/responses", self.socket),
                 Route("/v1/sessions", self.list),
+                Route("/v1/sessions/{id}/versions", self.versions),
+                Route("/v1/sessions/{id}/rollback", self.rollback, methods=["POST"]),
+                Route("/v1/sessions/{id}/freeze", self.freeze, methods=["POST"]),
+                Route("/v1/sessions/{id}/unfreeze", self.freeze, methods=["POST"]),
+                Route("/v1/sessions/{id}/fork", self.fork, methods=["POST"]),
+                Route("/v1/sessions/{id}/diff", self.diff),
+                Route("/v1/sessions/{id}/export", self.export),
+                Route("/v1/sessions/{id}/import", self.bring_in, methods=["PUT"]),
+                Route("/v1/users/{user}/memory", self.forget, methods=["DELETE"]),
                 Route("/v1/sessions/{id:path}", self.one, methods=["GET", "DELETE"]),
                 Route("/v1/conversations/{id}/items", self.items),
                 Route("/v1/models", self.models),
@@ -93,24 +139,48 @@ class StandIn:
             await self.refuse(socket, message["stream_id"], message["event_id"], "nothing_running")
 
     async def refuse(
-        self, socket: WebSocket, stream: str | None, event: str | None, code: str
+        self,
+        socket: WebSocket,
+        stream: str | None,
+        event: str | None,
+        code: str,
+        retry_after: float | None = None,
     ) -> None:
         detail = wire.ErrorDetail(type="conflict", code=code, message=f"Refused: {code}.")
         error = wire.ErrorEvent(
-            status=409, error=detail, stream_id=stream, event_id=event, retry_after_s=1.5
+            status=409, error=detail, stream_id=stream, event_id=event, retry_after_s=retry_after
         )
         await socket.send_text(error.model_dump_json())
 
     async def turn(
         self, socket: WebSocket, request: wire.ResponseCreate, stop: asyncio.Event
     ) -> None:
-        script = Script(self, socket, request, stop)
+        fault = self.faults.pop(0) if self.faults else None
+        script = Script(self, socket, request, stop, fault)
         said = str(request.input)
         # a socket that the client closed ends the script
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-            await script.play(said.split()[0], said)
+            match fault:
+                case Refusal(code=code, retry_after=wait):
+                    await self.refuse(socket, request.stream_id, request.event_id, code, wait)
+                case Failure():
+                    await script.play("fail", said)
+                case _ if request.turn_id in self.learned:
+                    await script.repeat(self.learned[request.turn_id or ""])
+                case _:
+                    await script.play(said.split()[0], said)
 
     # --- over HTTP ----------------------------------------------------------------------------
+
+    def versions_of(self, name: str) -> list[list[tuple[str, str]]]:
+        turns = self.sessions[name]
+        return self.kept.setdefault(name, [turns[: n + 1] for n in range(len(turns))])
+
+    def commit(self, name: str, turns: list[tuple[str, str]]) -> None:
+        """Make these turns the session's next version."""
+        self.sessions.setdefault(name, [])
+        self.versions_of(name).append(turns)
+        self.sessions[name] = turns
 
     def session(self, name: str) -> dict[str, Any]:
         turns = self.sessions[name]
@@ -128,7 +198,9 @@ class StandIn:
         )
         return wire.Session(
             id=name,
-            version=len(turns),
+            version=len(self.versions_of(name)),
+            frozen=name in self.frozen,
+            user=self.users.get(name),
             created_at=1.0,
             updated_at=time.time(),
             tokens=1234 * len(turns),
@@ -170,11 +242,130 @@ class StandIn:
         if name not in self.sessions:
             return refusal(404, "conversation_not_found", f"There is no session {name}.")
         if request.method == "DELETE":
-            del self.sessions[name]
-            return JSONResponse(
-                wire.DeletedSession(id=name, deleted=True, keys=3, bytes=1000).model_dump()
-            )
+            return JSONResponse(self.receipt(name).model_dump())
         return JSONResponse(self.session(name))
+
+    def receipt(self, name: str) -> wire.DeletedSession:
+        del self.sessions[name]
+        self.kept.pop(name, None)
+        return wire.DeletedSession(
+            id=name, deleted=True, keys=3, bytes=1000, remains="backups until they age out"
+        )
+
+    async def versions(self, request: Request) -> JSONResponse:
+        name = request.path_params["id"]
+        if name not in self.sessions:
+            return refusal(404, "conversation_not_found", f"There is no session {name}.")
+        kept = list(enumerate(self.versions_of(name), 1))
+        rows = [
+            wire.SessionVersion(
+                version=number,
+                parent=number - 1,
+                created_at=time.time() - 60 * (len(kept) - number),
+                tokens=1234 * len(turns),
+                turns=len(turns),
+                bytes=1000,
+                stored_bytes=500,
+                frozen=False,
+                levels=[],
+            )
+            for number, turns in reversed(kept)
+        ]
+        return JSONResponse(wire.VersionList(data=rows).model_dump())
+
+    async def rollback(self, request: Request) -> JSONResponse:
+        name = request.path_params["id"]
+        kept = self.versions_of(name)
+        if request.headers.get("if-match") not in (None, f'"{len(kept)}"'):
+            return refusal(412, "precondition_failed", f"The session is at version {len(kept)}.")
+        version = wire.RollbackRequest.model_validate_json(await request.body()).version
+        if version > len(kept):
+            return refusal(404, "version_not_found", f"Version {version} is not kept.")
+        if name in self.frozen:
+            return refusal(409, "session_frozen", f"Session {name} is frozen; unfreeze it first.")
+        self.commit(name, list(kept[version - 1]))
+        return JSONResponse(self.session(name))
+
+    async def freeze(self, request: Request) -> JSONResponse:
+        name = request.path_params["id"]
+        if request.url.path.endswith("/freeze"):
+            self.frozen.add(name)
+        else:
+            self.frozen.discard(name)
+        return JSONResponse(self.session(name))
+
+    async def fork(self, request: Request) -> JSONResponse:
+        asked = wire.ForkRequest.model_validate_json(await request.body())
+        kept = self.versions_of(request.path_params["id"])
+        name = asked.id or "conv_1"
+        if name in self.sessions:
+            return refusal(409, "session_exists", f"Session {name} exists already.")
+        self.commit(name, list(kept[(asked.version or len(kept)) - 1]))
+        return JSONResponse(self.session(name), 201)
+
+    async def diff(self, request: Request) -> JSONResponse:
+        query = request.query_params
+        last = len(self.versions_of(request.path_params["id"]))
+        level = wire.LevelDifference(
+            name="mid", norm_from=2.0, norm_to=3.0, distance=1.5, change=0.75
+        )
+        return JSONResponse(
+            wire.Difference(
+                id=request.path_params["id"],
+                from_version=int(query.get("from", last - 1)),
+                to_version=int(query.get("to", last)),
+                tokens=1234,
+                levels=[level],
+            ).model_dump()
+        )
+
+    async def export(self, request: Request) -> Response:
+        if not self.allowed(request):
+            return refusal(401, "invalid_api_key", "Unknown API key.")
+        name = request.path_params["id"]
+        if name not in self.sessions:
+            return refusal(404, "conversation_not_found", f"There is no session {name}.")
+        kept = self.versions_of(name)
+        version = int(request.query_params.get("version", len(kept)))
+        body = json.dumps(kept[version - 1]).encode()
+        body += b" " * (3 << 20)  # more than one chunk
+        return Response(
+            body,
+            media_type="application/octet-stream",
+            headers={
+                "ETag": f'"{version}"',
+                "Content-Disposition": f"attachment; filename*=UTF-8''{name}.{version}.safetensors",
+            },
+        )
+
+    async def bring_in(self, request: Request) -> JSONResponse:
+        name = request.path_params["id"]
+        body = await request.body()
+        if len(body) != int(request.headers["content-length"]):
+            return refusal(400, "invalid_archive", "The file is not whole.")
+        try:
+            turns = json.loads(body)
+        except ValueError:
+            return refusal(400, "invalid_archive", "The file is no session.")
+        self.commit(name, [(said, text) for said, text in turns])
+        if user := request.query_params.get("user"):
+            self.users[name] = user
+        return JSONResponse(self.session(name), 201)
+
+    async def forget(self, request: Request) -> JSONResponse:
+        user = request.path_params["user"]
+        names = [name for name in self.sessions if self.users.get(name) == user]
+        receipts = [self.receipt(name) for name in names]
+        return JSONResponse(
+            wire.DeletedUser(
+                user=user,
+                sessions=receipts,
+                keys=sum(one.keys for one in receipts),
+                bytes=sum(one.bytes for one in receipts),
+                left=0,
+                remains="backups until they age out",
+            ).model_dump()
+        )
 
     async def items(self, request: Request) -> JSONResponse:
         said = [text for turn in self.sessions.get(request.path_params["id"], []) for text in turn]
@@ -220,7 +411,10 @@ class Script:
         socket: WebSocket,
         request: wire.ResponseCreate,
         stop: asyncio.Event,
+        fault: Cut | Refusal | Failure | None = None,
     ) -> None:
+        self.fault = fault
+        self.replayed = False
         self.server = server
         self.socket = socket
         self.request = request
@@ -233,9 +427,16 @@ class Script:
     async def play(self, first: str, said: str) -> None:
         match first:
             case "refuse":
-                await self.server.refuse(
-                    self.socket, self.request.stream_id, self.request.event_id, "session_busy"
-                )
+                stream, event = self.request.stream_id, self.request.event_id
+                await self.server.refuse(self.socket, stream, event, "version_conflict", 1.5)
+            case "waver":  # never the same twice
+                await self.begin()
+                await self.speak("I said ")
+                for number in range(3):
+                    await asyncio.sleep(0.02)
+                    await self.speak(f"{len(self.server.requests)}.{number} ")
+                await self.close_parts()
+                await self.end("completed")
             case "fail":
                 await self.begin()
                 await self.speak("half a ")
@@ -250,6 +451,11 @@ class Script:
                 await self.begin()
                 self.number -= 2
                 await self.speak("again")
+            case "stubborn":  # breaks off rather than be stopped
+                await self.begin()
+                await self.speak("No. ")
+                await self.stopped.wait()
+                await self.socket.close(1012, "draining")
             case "forever":
                 await self.begin()
                 while not self.stopped.is_set():
@@ -265,7 +471,18 @@ class Script:
                 await self.end("completed")
                 await self.tell_memory()
 
+    async def repeat(self, text: str) -> None:
+        """Answer a turn from the store: the words at once, nothing learned."""
+        self.replayed = True
+        await self.begin()
+        await self.speak(text)
+        await self.close_parts()
+        await self.end("completed")
+
     async def send(self, kind: str, **fields: Any) -> None:
+        if isinstance(self.fault, Cut) and self.number == self.fault.at:
+            await self.socket.close(1012, "draining")
+            raise WebSocketDisconnect
         event = {
             "type": kind,
             "sequence_number": self.number,
@@ -295,9 +512,10 @@ class Script:
         await self.send("response.output_item.done", item=self.item("completed"))
 
     async def end(self, status: str) -> None:
-        if status != "failed":
-            said = str(self.request.input)
-            self.server.sessions.setdefault(self.name, []).append((said, self.spoken))
+        if status != "failed" and not self.replayed:
+            turn = str(self.request.input), self.spoken
+            self.server.commit(self.name, [*self.server.sessions.get(self.name, []), turn])
+            self.server.learned[self.request.turn_id or ""] = self.spoken
         await self.send(f"response.{status}", response=self.response(status))
 
     async def tell_memory(self) -> None:
@@ -320,13 +538,20 @@ class Script:
         return {"type": "message", "id": "m1", "status": status, "content": content}
 
     def response(self, status: str) -> dict[str, Any]:
-        version = len(self.server.sessions.get(self.name, []))
+        known = self.name in self.server.sessions
+        version = len(self.server.versions_of(self.name)) if known else 0
         ended, failed = status != "in_progress", status == "failed"
         memory = wire.MemoryResult(
             conversation=self.name,
             base_version=version if failed else version - 1,
             committed_version=None if failed else version,
-            outcome=wire.Outcome.ROLLED_BACK if failed else wire.Outcome.COMMITTED,
+            outcome=self.fault.outcome
+            if isinstance(self.fault, Failure)
+            else wire.Outcome.ROLLED_BACK
+            if failed
+            else wire.Outcome.COMMITTED,
+            replayed=self.replayed,
+            recovered=self.server.recovered,
             durability="always",
             updates=1,
             consolidated_levels=["mid"],
@@ -334,7 +559,8 @@ class Script:
             surprise=2.25,
         )
         words = len(self.spoken.split())
-        failure = wire.ErrorDetail(type="server_error", code="memory_corrupt", message="Broken.")
+        code = self.fault.code if isinstance(self.fault, Failure) else "memory_corrupt"
+        failure = wire.ErrorDetail(type="server_error", code=code, message="Broken.")
         return wire.Response(
             id=f"resp_{self.request.turn_id}",
             created_at=1.0,
@@ -399,6 +625,27 @@ def serve(street: tuple[Starlette, str]) -> Callable[..., StandIn]:
 @pytest.fixture
 def stand_in(serve: Callable[..., StandIn]) -> StandIn:
     return serve()
+
+
+@pytest.fixture
+def cut_off() -> Iterator[str]:
+    """A server whose every answer promises more than it brings."""
+    answer = b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\nETag: "1"\r\n\r\nhalf'
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = listening.accept()
+                with caller:
+                    caller.recv(65536)
+                    caller.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 @pytest.fixture

@@ -109,7 +109,8 @@ def test_commands_work_in_a_pipe(stand_in, tmp_path):
         "ada · a new session",
         "nora · version 1 · 1,234 tokens in memory · tiny",
         "nora is forgotten (1,000 bytes). Go on with /new NAME.",
-        "/memory     what the session has learned",
+        "Older copies: backups until they age out.",
+        "/memory       what the session has learned",
     ):
         assert words in done.stdout
     assert done.stderr == (
@@ -117,6 +118,54 @@ def test_commands_work_in_a_pipe(stand_in, tmp_path):
         "The session was deleted. Go on as another with /new NAME.\n"
     )
     assert done.returncode == 0
+
+
+def test_versions_are_gone_back_to_copied_frozen_and_written(stand_in, tmp_path):
+    script = [
+        "one",
+        "two",
+        "/versions",
+        "/rollback 1",
+        "/rollback",
+        "/fork",
+        "/fork twin",
+        "/freeze",
+        "/unfreeze",
+        "/export",
+        f"/export {tmp_path}/nowhere/nora",
+        f"/export {tmp_path}/nora",
+    ]
+
+    done = piped(stand_in.url, tmp_path, "\n".join(script))
+
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["2", "1", "0", "s", "ago", "2,468", "2"] in rows
+    assert ["1", "-", "1", "min", "ago", "1,234", "1"] in rows
+    size = (tmp_path / "nora").stat().st_size
+    for words in (
+        "nora is as it was at version 1, which is version 3 now.",
+        "twin is a copy of nora. Talk to it: /new twin",
+        "nora is frozen at version 3; it is read, not changed.",
+        "nora learns again, from version 3 on.",
+        f"Version 3 is in {tmp_path}/nora ({size:,} bytes).",
+    ):
+        assert words in done.stdout
+    assert done.stderr == (
+        "Name the version: /rollback N; /versions lists them\n"
+        "Name the new session: /fork NAME\n"
+        "Name the file: /export FILE\n"
+        f"{tmp_path}/nowhere/nora cannot be written: No such file or directory.\n"
+    )
+    assert stand_in.sessions["twin"] == [("one", "one ")]
+
+
+def test_a_memory_that_had_to_be_recovered_is_told(stand_in, tmp_path):
+    stand_in.recovered = "version 3 is damaged; version 2 stands in"
+
+    done = piped(stand_in.url, tmp_path, "hello\n")
+
+    assert done.stdout == "hello \n"
+    assert done.stderr == "memory recovered: version 3 is damaged; version 2 stands in\n"
 
 
 def test_a_server_that_is_not_there_is_told_in_one_sentence(tmp_path):
@@ -131,7 +180,7 @@ def test_a_server_that_is_not_there_is_told_in_one_sentence(tmp_path):
 def test_a_refusal_is_told_and_ends_a_pipe(stand_in, tmp_path):
     done = piped(stand_in.url, tmp_path, "refuse me\n")
 
-    assert (done.returncode, done.stderr) == (1, "Refused: session_busy.\n")
+    assert (done.returncode, done.stderr) == (1, "Refused: version_conflict.\n")
 
 
 class Terminal:
@@ -189,7 +238,7 @@ def terminal(stand_in, tmp_path, interruptible):
         terminal.close()
 
 
-def test_control_c_stops_a_reply_and_then_leaves(terminal):
+def test_control_c_stops_a_reply_and_then_leaves(terminal, stand_in):
     terminal.wait_for("nora · a new session")
     terminal.wait_for("nora> ")
     terminal.type("forever\n")
@@ -199,8 +248,9 @@ def test_control_c_stops_a_reply_and_then_leaves(terminal):
     terminal.wait_for("version 1 committed · 3 + ")
     terminal.wait_for("surprise 2.25 · consolidated mid · consolidating slow")
     terminal.wait_for("nora> ")
+    stand_in.faults = [stand_in.cut(10)]
     terminal.type("and on\n")
-    terminal.wait_for("version 2 committed")
+    terminal.wait_for("version 2 committed · answered before: not learned again")
     terminal.wait_for("nora> ")
 
     assert terminal.leave() == 0
@@ -209,7 +259,7 @@ def test_control_c_stops_a_reply_and_then_leaves(terminal):
 def test_an_error_does_not_end_the_talk_and_control_d_does(terminal, tmp_path):
     terminal.wait_for("nora> ")
     terminal.type("refuse me\n")
-    terminal.wait_for("Refused: session_busy.")
+    terminal.wait_for("Refused: version_conflict.")
     terminal.wait_for("nora> ")
     terminal.type("/delete\n")
     terminal.wait_for("[y/N] ")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from clients import core
-from clients.errors import ConnectionLost, ProtocolViolation, Refused
+from clients.errors import ConnectionLost, ProtocolViolation, Refused, Unreachable
 from server import wire
 
 
@@ -245,6 +245,149 @@ def test_a_lost_line_ends_every_open_turn():
     assert (one.error.may_be_committed, two.error.may_be_committed) == (True, False)
     assert done.error is None
     assert connection.lose("again") == []
+
+
+# --- sent again -------------------------------------------------------------------------------
+
+
+def lost(turn_id: str = "t1") -> ConnectionLost:
+    return ConnectionLost("Lost.", turn_id=turn_id, may_be_committed=True)
+
+
+def refused(code: str, **fields) -> Refused:
+    return Refused(wire.ErrorDetail(type="x", code=code, message="No."), **fields)
+
+
+def broken_off(shown: int) -> tuple[core.Connection, core.Turn]:
+    """Return a turn that said "good day", lost its line, and is asked for again."""
+    connection = asked(one := turn())
+    hear(connection, transcript()[:6])
+    connection.lose("gone")
+    assert one.error is not None
+    one.again(one.error, shown)
+    again = core.Connection()
+    assert again.ask(one) == one.request.model_dump_json(exclude_none=True)
+    return again, one
+
+
+@pytest.mark.parametrize("shown", [0, 2, 5, 8])
+def test_a_turn_sent_again_says_what_was_not_shown(shown):
+    connection, one = broken_off(shown)
+
+    heard = hear(connection, transcript())
+
+    said = "".join(fact.piece for _, fact in heard if isinstance(fact, core.Text))
+    assert said == "good day"[shown:]
+    assert isinstance(heard[-1].fact, core.Finished)
+    assert (one.text, one.tries, one.diverged) == ("good day", 2, False)
+
+
+def test_a_turn_sent_again_is_behind_until_it_has_caught_up():
+    connection, one = broken_off(5)
+
+    hear(connection, transcript()[:4])
+    assert one.behind
+
+    hear(connection, transcript()[4:5])
+    assert not one.behind
+
+
+def test_another_reply_than_what_was_shown_ends_the_turn_with_what_went_wrong_before():
+    connection, one = broken_off(5)
+    messages = [*transcript()[:4], event("response.output_text.delta", 4, item_id="m", delta="go!")]
+
+    heard = hear(connection, messages)
+
+    assert heard[-1].fact == core.Failed(one.failures[0])
+    assert one.diverged
+    assert one.text == "good "
+    assert hear(connection, transcript()[5:]) == []
+
+
+def test_a_reply_shorter_than_what_was_shown_is_another():
+    connection, one = broken_off(8)
+    ending = event("response.completed", 6, response=response("completed", "good "))
+
+    heard = hear(connection, [*transcript()[:5], ending])
+
+    assert isinstance(heard[-1].fact, core.Failed)
+    assert one.diverged
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (lost(), True),
+        (refused("draining"), True),
+        (refused("session_busy"), True),
+        (refused("store_full"), False),
+        (refused("version_conflict"), False),
+        (ProtocolViolation("?"), False),
+    ],
+    ids=lambda value: getattr(value, "code", ""),
+)
+def test_only_a_passing_trouble_is_worth_another_try(error, passing):
+    pause = core.Patience().wait(turn(), error, waited=0, chance=0)
+
+    assert (pause is not None) == passing
+
+
+def test_pauses_double_and_are_spread():
+    one, patience = turn(), core.Patience(tries=4)
+    pauses = []
+    for chance in (0.0, 1.0, 0.0):
+        pauses.append(patience.wait(one, lost(), waited=0, chance=chance))
+        one.again(lost(), 0)
+
+    assert pauses == [0.5, 1.5, 2.0]
+    assert patience.wait(one, lost(), waited=0, chance=0) is None
+
+
+@pytest.mark.parametrize(("waited", "pause"), [(0, 5.0), (9, 5.0), (11, None)])
+def test_a_pause_is_as_long_as_the_server_asks_while_there_is_patience(waited, pause):
+    busy = refused("session_busy", retry_after_s=5.0)
+
+    assert core.Patience().wait(turn(), busy, waited=waited, chance=0) == pause
+
+
+def test_an_address_where_nobody_answers_is_tried_again_only_after_it_had_answered():
+    one, patience = turn(), core.Patience()
+
+    assert patience.wait(one, Unreachable("Nobody."), waited=0, chance=0) is None
+    one.again(lost(), 0)
+    assert patience.wait(one, Unreachable("Nobody."), waited=0, chance=0) is not None
+
+
+def test_what_may_be_committed_is_told_before_what_is_merely_in_the_way():
+    one, first = turn(), lost()
+    one.again(first, 0)
+
+    assert one.verdict(Unreachable("Nobody.")) is first
+    assert one.verdict(refused("session_busy")) is first
+    assert one.verdict(refused("session_deleted")).code == "session_deleted"
+
+
+def test_a_failure_of_unknown_outcome_may_be_committed():
+    connection = asked(one := turn())
+    error = {"type": "server_error", "code": "store_unavailable", "message": "Silent."}
+    memory = wire.MemoryResult(
+        conversation="nora",
+        base_version=6,
+        committed_version=None,
+        outcome=wire.Outcome.UNKNOWN,
+        durability="always",
+        updates=0,
+        consolidated_levels=[],
+        due_levels=[],
+        surprise=None,
+    ).model_dump()
+
+    hear(connection, transcript()[:2])
+    ending = response("failed", error=error, memory=memory)
+    hear(connection, [event("response.failed", 2, response=ending)])
+
+    assert one.error.may_be_committed
+    assert core.passes(one.error)
 
 
 def test_news_of_the_memory_are_heard_after_the_turn_has_ended():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 
 import pytest
 
+from clients.core import Patience
 from clients.sync import ConnectionLost, Hope, Refused
 
 
 @pytest.fixture
 def hope(stand_in):
-    with Hope(stand_in.url) as hope:
+    with Hope(stand_in.url, patience=Patience(pause=0.01)) as hope:
         yield hope
 
 
@@ -86,6 +88,42 @@ def test_sessions_are_listed_read_and_deleted(hope):
     assert hope.sessions() == []
     assert hope.models()[0].id == "tiny"
     assert hope.health().status == "draining"
+
+
+def test_a_broken_line_is_not_noticed(hope, stand_in):
+    stand_in.faults = [stand_in.cut(6), stand_in.cut(7)]
+
+    assert "".join(hope.session("nora").say("one two")) == "one two "
+    assert stand_in.sessions["nora"] == [("one two", "one two ")]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_control_c_while_the_whole_reply_is_waited_for_stops_it(hope, stand_in):
+    reply = hope.session("nora").say("forever")
+    here = threading.get_ident()
+    threading.Timer(0.2, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        reply.finish()
+
+    assert (reply.cut_short_by, reply.tries) == ("cancelled", 1)
+
+
+def test_what_can_be_done_to_a_session(hope, stand_in, tmp_path):
+    session = hope.session("nora")
+    session.ask("one")
+    session.ask("two")
+
+    assert [one.version for one in session.versions()] == [2, 1]
+    assert session.diff(1, 2).to_version == 2
+    assert session.rollback(1, if_version=2).version == 3
+    assert session.freeze().frozen
+    assert not session.unfreeze().frozen
+    assert session.fork("twin").ask("three").version == 2
+    assert session.export(tmp_path / "nora").version == 3
+    assert hope.import_session("third", tmp_path / "nora", user="ada").status().turns == 1
+    assert [one.id for one in hope.forget_user("ada").sessions] == ["third"]
+    assert session.delete().keys == 3
 
 
 def test_threads_may_share_one_client(hope):

@@ -92,12 +92,61 @@ def test_a_lost_line_is_mended_and_the_words_come_back(page, stand_in):
     assert stand_in.sockets == 2
 
 
+def test_a_memory_that_had_to_be_recovered_is_told(page, stand_in):
+    stand_in.recovered = "version 3 is damaged; version 2 stands in"
+    page.goto(f"{stand_in.url}/")
+    connected(page)
+    say(page, "hello")
+
+    page.wait_for_selector("#notice:has-text('version 3 is damaged; version 2 stands in')")
+
+
+def test_versions_say_when_and_how_much_and_why_not(page, stand_in):
+    stand_in.sessions["nora"] = [("one", "one "), ("two", "two ")]
+    page.goto(f"{stand_in.url}/#nora")
+    connected(page)
+    rows = page.locator(".version")
+    rows.nth(1).wait_for()
+    assert rows.nth(1).locator(".version-words").inner_text().split() == [
+        "1", "1", "min", "ago", "1,234", "tokens", "·", "1", "turn",
+    ]  # fmt: skip
+    assert rows.nth(0).locator(".now").inner_text() == "now"
+
+    stand_in.frozen.add("nora")  # by somebody else, meanwhile
+    page.click("[aria-label='Go back to version 1']")
+    page.wait_for_selector("#notice:has-text('Session nora is frozen; unfreeze it first.')")
+    stand_in.frozen.clear()
+    stand_in.commit("nora", stand_in.sessions["nora"])
+    page.click("[aria-label='Go back to version 1']")
+    page.wait_for_selector("#notice:has-text('The session is at version 3.')")
+
+    assert len(stand_in.sessions["nora"]) == 2
+
+
+@pytest.mark.parametrize("key", [None, "sesame??>>"], ids=["open", "locked"])
+def test_a_session_is_saved_to_a_file(page, serve, key):
+    house = serve(key=key)
+    house.sessions["nora"] = [("one", "one ")]
+    page.goto(f"{house.url}/#nora")
+    if key:
+        page.fill("#key", key)
+        page.press("#key", "Enter")
+    connected(page)
+    page.wait_for_selector("#memory-facts:visible")
+
+    with page.expect_download() as saved:
+        page.click("#export")
+
+    assert saved.value.suggested_filename == "nora.1.safetensors"
+    assert saved.value.path().read_bytes().startswith(b'[["one", "one "]]')
+
+
 def test_a_refusal_is_told_in_words(page, stand_in):
     page.goto(f"{stand_in.url}/")
     connected(page)
     say(page, "refuse me")
 
-    page.wait_for_selector(".meta.bad:has-text('Refused: session_busy.')")
+    page.wait_for_selector(".meta.bad:has-text('Refused: version_conflict.')")
 
 
 def test_the_key_is_asked_for_until_it_is_right(page, serve):
