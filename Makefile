@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help install serve weights test test-long check fix bench clean
+.PHONY: help install serve weights test test-long faults check fix bench clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ test: $(VENV)/.dev weights ## run the tests
 
 test-long: $(VENV)/.dev weights ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+FAULTS ?= --kills 500 --partitions 200 --seed 7
+faults: $(VENV)/.dev ## kill, cut and refill 700 times, then the tests of faults that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.random_kills $(FAULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/faults tests/memory_store $(ARGS)
 
 check: $(VENV)/.dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

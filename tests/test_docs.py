@@ -83,3 +83,15 @@ def test_every_link_and_every_named_file_exists(page):
 def test_python_in_the_readme_is_python():
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
         compile(block, "README.md", "exec")
+
+
+def test_every_test_that_the_docs_name_exists():
+    known = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.M)
+    }
+
+    for page in PAGES:
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert named - known == set(), page.name
