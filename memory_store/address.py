@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 Client = Redis | RedisCluster
@@ -88,13 +88,33 @@ def connect(url: str, *, connections: int, timeout: float) -> tuple[Client, str]
             return _sentinel(Several.parse(url), options)
         if scheme.endswith("+cluster"):
             return _cluster(Several.parse(url), options, connections)
-        pool = ConnectionPool.from_url(url, **options)
+        pool = _LivingFirst.from_url(url, **options)
         pool.make_connection()  # type: ignore[no-untyped-call]  # finds unknown options
     except (ValueError, TypeError):
         raise ValueError(BAD_URL) from None
     known = pool.connection_kwargs
     where = f"{known.get('host', 'localhost')}:{known.get('port', 6379)}"
     return Redis.from_pool(pool), f"unix://{known['path']}" if known.get("path") else where
+
+
+class _LivingFirst(ConnectionPool):
+    """Takes connections that live before those that would have to be made.
+
+    The library's own pool hands out what came back last. When a server takes no new connections,
+    that is again and again the one that could not be made, while others lie there and work.
+    """
+
+    def get_available_connection(self) -> Any:
+        self._available_connections.sort(key=lambda connection: connection.is_connected)
+        return super().get_available_connection()  # type: ignore[no-untyped-call]
+
+
+class _LivingMasterFirst(SentinelConnectionPool):
+    """The same of the connections to whichever server is the master."""
+
+    def get_available_connection(self) -> Any:
+        self._available_connections.sort(key=lambda connection: connection.is_connected)
+        return super().get_available_connection()  # type: ignore[no-untyped-call]
 
 
 def _sentinel(at: Several, options: dict[str, Any]) -> tuple[Client, str]:
@@ -109,7 +129,7 @@ def _sentinel(at: Several, options: dict[str, Any]) -> tuple[Client, str]:
         **login,
         **options,
     )
-    client: Redis = sentinel.master_for(at.path)
+    client: Redis = sentinel.master_for(at.path, connection_pool_class=_LivingMasterFirst)
     return client, f"master {at.path!r} of sentinels {_listed(at)}"
 
 

@@ -34,7 +34,7 @@ class MemoryStore(Protocol):
 
         Raises:
             Held: another owner has it, for some seconds more.
-            Deleted, Full, Unavailable: see `memory_store.errors`.
+            Deleted, Corrupt, Full, Unavailable: see `memory_store.errors`.
         """
         ...
 
@@ -58,16 +58,18 @@ class MemoryStore(Protocol):
         """Make `change` the session's next version, if it is at version `expected` now.
 
         `expected=0` creates the session. The same `commit_id` again returns the version it made
-        the first time (`duplicate=True`) and changes nothing. With `durable`, return only when
-        the server has it on disk, or has not managed to in time (see `Committed.durable`).
+        the first time (`duplicate=True`) and changes nothing, whoever has the session now. With
+        `durable`, return only when the server has it on disk, or has not managed to in time or
+        never could: the commit stands, and `Committed.durable` tells which.
 
         Raises:
             Fenced: another has acquired the session since.
-            Regressed: the store does not know this lease any more: it has gone back.
+            Regressed: the store does not know this lease (any more): it has gone back.
             Conflict: the session is at another version.
             Repeated: one of the change's turns was committed before.
             Deleted: the session has a tombstone.
             NoVersion: the version to go on from is not kept.
+            Corrupt: the version to go on from is damaged (an older one may be whole).
             Incomplete: a kept blob does not exist, or a staged one is not whole.
             Full, Unavailable: see `memory_store.errors`.
         """

@@ -2,7 +2,7 @@
 -- Leave a tombstone and remove the rest in one step. A full server must still let go of things.
 --
 -- KEYS  1 head   2 items   3 references (see commit.lua)   4 lease
--- ARGV  1 time of the deletion, which also names it
+-- ARGV  1 time and name of this deletion
 local head, items, references, lease = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local prefix = string.sub(head, 1, -2)
 local stored = redis.call('HMGET', head, 'ver', 'tomb', 'man', 'old')

@@ -60,6 +60,8 @@ class Lane:
             raise Unavailable(self.where, "no connection became free") from error
         try:
             yield self.client
+        except RuntimeError as error:  # what uvloop says of a line that the other end has closed
+            raise ConnectionError(str(error)) from error
         finally:
             self._free.release()
 
@@ -132,8 +134,13 @@ class Link:
         """Finish `work` whatever becomes of the caller, and raise only errors of this package."""
         task = asyncio.create_task(self._named(work))
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._done)
         return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # it may be that nobody is left to hear it
 
     async def again(self, step: Callable[[], Awaitable[T]]) -> T:
         """Try an idempotent step up to three times while the connection fails."""

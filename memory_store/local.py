@@ -102,8 +102,6 @@ class LocalStore:
         session = self._sessions.get(held.key)
         if session is not None and session.fence == held.fence:
             session.holder = None
-            if not session.version:
-                del self._sessions[held.key]
 
     async def commit(
         self,

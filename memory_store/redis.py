@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Sequence
 
 from memory_store import index, lease
@@ -224,8 +225,8 @@ class RedisStore:
     # --- deleting -----------------------------------------------------------------------------
 
     async def _delete(self, key: SessionKey) -> Deletion:
-        keys = Keys(key)
-        [reply] = await self._link.call(_DELETE, keys.committed, [repr(time.time())])
+        keys, name = Keys(key), f"{time.time()!r} {uuid.uuid4().hex}"
+        [reply] = await self._link.call(_DELETE, keys.committed, [name])
         if reply[0] == b"GONE":
             raise Deleted(key.session)
         if reply[0] == b"MISSING":

@@ -22,7 +22,15 @@ from hope_runtime.engine import Consolidation, Turn
 from hope_runtime.report import Dropped, Failed, Finished, Learned, Reason, Said
 from hope_runtime.state import State
 from hope_runtime.tokenizer import Message, Role, Tokenizer
-from memory_store import Committed, Deleted, Durability, MemoryStore, SessionKey
+from memory_store import (
+    Committed,
+    Deleted,
+    Durability,
+    MemoryStore,
+    SessionKey,
+    StoreError,
+    Unavailable,
+)
 from server.book import Book, digest
 from server.errors import ApiError, answer
 from server.metrics import Metrics
@@ -433,8 +441,10 @@ class Turns:
         if turn.ended:  # the turn stands; only its consolidation failed and stays due
             self._metrics.consolidation_failed()
             return
-        # an answer of the store is certain; silence is not, and stopping is not asking
-        unknown = turn.committing and said.code in ("store_unavailable", "draining")
+        # an answer of the store is certain; its silence is not, nor is anything else that came
+        # between the commit and its answer
+        certain = isinstance(error, StoreError) and not isinstance(error, Unavailable)
+        unknown = turn.committing and not certain
         if turn.began is not None and not unknown:
             self._metrics.rolled_back("failed")
         version = turn.began.base_version if turn.began else 0

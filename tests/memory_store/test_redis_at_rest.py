@@ -1,6 +1,8 @@
 """What lies in a real server: time limits, damage, a full server, races, cancelled callers."""
 
 import asyncio
+import hashlib
+import json
 import os
 
 import pytest
@@ -14,6 +16,7 @@ from memory_store import (
     SessionKey,
     TurnRecord,
 )
+from memory_store.codec import encode_json
 from tests.tools.leases import put as write
 
 pytestmark = pytest.mark.anyio
@@ -293,3 +296,31 @@ async def test_a_lost_script_cache_is_refilled(redis_store, raw, key):
     done = await commit(redis_store, key, 2)
 
     assert done.version == 2
+
+
+async def test_a_session_from_before_leases_goes_on(redis_store, raw, key):
+    """Until format 2 a head had no fence, a manifest no owner, and a turn no version."""
+    await commit(redis_store, key, 1, put={"a": b"1"}, turn=TurnRecord("t1", {"text": "old one"}))
+    await commit(redis_store, key, 2, keep={"a"})
+    head, items = "hope:{acme:user-7}:h", "hope:{acme:user-7}:i"
+    await raw.hdel(head, "fence", "holder")
+    await raw.hset(head, "man", as_format_1(await raw.hget(head, "man")))
+    await raw.set("hope:{acme:user-7}:m:1", as_format_1(await raw.get("hope:{acme:user-7}:m:1")))
+    await raw.hset(items, "t:t1", json.dumps({"text": "old one"}))
+
+    await commit(redis_store, key, 3, keep={"a"}, turn=TurnRecord("t3", {}))
+
+    assert (await load(redis_store, key)).blobs == {"a": b"1"}
+    assert [found.version for found in await redis_store.versions(key)] == [3, 2, 1]
+    assert await redis_store.turns(key) == [
+        TurnRecord("t1", {"text": "old one"}),
+        TurnRecord("t3", {}, version=3),
+    ]
+
+
+def as_format_1(manifest):
+    content = json.loads(manifest.partition(b"\n")[2])
+    for name in ("owner", "chain", "undone"):
+        del content[name]
+    body = encode_json(content | {"format": 1})
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body

@@ -51,7 +51,7 @@ QUICK = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=1000, stateful_step_count=80)
+LONG = settings(QUICK, max_examples=600, stateful_step_count=80)
 
 
 @dataclass
