@@ -159,6 +159,8 @@ class Turns:
             elif ask.mode is Mode.READ_ONLY:
                 async with self._queues.alone(ask.key):
                     found = await self._timed(self._residency.look(ask.key))
+                    if found.resident.state.due and not found.resident.book.frozen:
+                        found = await self._woken(ask.key, found)
                     await self._perform(turn, found, None)
             else:
                 async with self.writing(ask.key) as hold:
@@ -191,6 +193,15 @@ class Turns:
         if resident.state.due and not resident.book.frozen:
             found = replace(found, resident=await self._consolidate(None, resident, hold))
         return found
+
+    async def _woken(self, key: SessionKey, found: Found) -> Found:
+        """Apply what an earlier turn left due before somebody only looks; if it can be had now."""
+        try:
+            async with self._tenures.hold(key) as hold:
+                return await self.current(hold)
+        except StoreError as error:
+            log.info("session %s is read with chunks due: %s", key, error)
+            return found
 
     async def _timed(self, loading: Awaitable[Found]) -> Found:
         began = time.perf_counter()

@@ -30,11 +30,18 @@ _OVER_S = 0.03  # after a turn is over, for what may still be done about it
 
 @dataclass(frozen=True)
 class DieAt:
-    """Die at the `step`-th step that has this phase, counted from the `turn`-th turn on."""
+    """Die at the `step`-th step that has this phase, counted from the `turn`-th turn on.
+
+    By SIGSTOP it does not die but stands still there, until it is resumed.
+    """
 
     step: int
     phase: Phase = "before"
     turn: int = 1
+    by: int = signal.SIGKILL
+
+
+NEVER = DieAt(0)
 
 
 @dataclass
@@ -80,8 +87,9 @@ class Reaper:
         return self._counted == self._die.step
 
     def _die_of(self, step: str) -> None:
+        assert self._die is not None
         self._say(died=step)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self._die.by)
 
     # --- turns --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tests.faults.death import PHASES, DieAt
+from tests.faults.death import NEVER, PHASES, DieAt
 from tests.faults.oracle import Answer, Fate, Twins, Violation, Witness
 from tests.faults.zygote import Child, Zygote
 from tests.tools.engines import Engine
@@ -197,7 +198,17 @@ class StoreKills:
 class Partitions:
     """A line between a server and its store that fails; some users go to another server."""
 
-    FAULTS = ("cut", "hang", "to server only", "to client only", "slow", "lost reply", "paused")
+    FAULTS = (
+        "cut",
+        "hang",
+        "to server only",
+        "to client only",
+        "slow",
+        "lost reply",
+        "paused",
+        "stopped",  # at a step, while another server goes on
+        "stopped",
+    )
 
     def __init__(self, zygote: Zygote, twins: Twins, url: str, label: str) -> None:
         self.talks = Talks(label, twins, url)
@@ -209,8 +220,11 @@ class Partitions:
 
     def run(self, chance: random.Random) -> str:
         fault = chance.choice(self.FAULTS)
-        moves = chance.random() < 0.4
         url, other = self._server.url, self._other.url
+        moves = fault == "stopped" or chance.random() < 0.4
+        if fault == "stopped":
+            phase = chance.choice(("before", "sent", "after"))
+            self._server.arm(DieAt(chance.randrange(1, STEPS), phase, by=signal.SIGSTOP))
         try:
             with ThreadPoolExecutor(1) as threads:
                 talking = threads.submit(self.talks.converse, url, 0.6 if moves else 20.0)
@@ -225,6 +239,8 @@ class Partitions:
                 self.talks.converse(other)
         finally:
             self._heal()
+        if fault == "stopped":
+            self._server.arm(NEVER)
         self.talks.examine(url)
         return f"{fault}, users move" if moves else fault
 

@@ -43,10 +43,11 @@ def test_a_server_may_die_at_every_step_of_a_turn(zygote, store, twins, sessions
     server, survived = zygote.spawn(store.url), False
     for step, witness in enumerate(sessions(zygote, store.url, twins, label), 1):
         server.arm(DieAt(step, phase))
+        other = zygote.spawn(store.url)  # gets ready meanwhile
         witness.say(server.url, TEXT)
         survived = server.turn_over()
         server.close()
-        where, server = server.died, zygote.spawn(store.url)
+        where, server = server.died, other
         try:
             witness.examine(server.url)
         except Violation as violation:

@@ -38,7 +38,7 @@ MODEL = {
 }
 # One server that is started again: it takes its own leases over at once.
 # Numbers are kept as they are: what is rounded at rest could hide what differs.
-HABITS = {"shutdown_timeout": 5, "server_id": "hope", "lease_seconds": 1, "storage": "fp32"}
+HABITS = {"shutdown_timeout": 5, "server_id": "hope", "lease_seconds": 30, "storage": "fp32"}
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _MOST = 1 << 16  # bytes of one request
 
@@ -62,7 +62,7 @@ class Child:
         self._take_until(lambda: self.pid != 0, 30)
 
     pid = 0
-    died: str | None = None  # the step it died at, by its own hand
+    died: str | None = None  # the step it died (or stood still) at, by its own hand
 
     @property
     def url(self) -> str:

@@ -535,6 +535,23 @@ async def test_after_a_restart_due_work_comes_first_and_nothing_is_forgotten(bui
     assert said(following) == expected
 
 
+async def test_who_only_looks_finds_due_work_done(build, fragile):
+    async with build(stops=False) as twin:
+        await twin.turn("hello", most=20, rates=LEARN_REPLIES)
+        expected = said(await twin.turn("who am I?", most=16, mode=Mode.READ_ONLY))
+    async with build(fragile, stops=False) as house:
+        fragile.failures.extend([None, GONE, GONE])
+        await house.turn("hello", most=20, rates=LEARN_REPLIES)
+
+        early = await house.ended("who am I?", most=16, mode=Mode.READ_ONLY)  # still silent
+        looked = await house.turn("who am I?", most=16, mode=Mode.READ_ONLY)
+
+        assert (early.status, early.memory.outcome) == ("incomplete", Outcome.READ_ONLY)
+        assert said(looked) == expected
+        assert due(await house.head()) == []
+        assert one(Ended, looked).memory.outcome is Outcome.READ_ONLY
+
+
 async def test_a_turn_fails_if_due_work_cannot_be_committed_and_the_work_stays_due(build, fragile):
     async with build(fragile, stops=False) as house:
         fragile.failures.extend([None, GONE, GONE])
