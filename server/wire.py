@@ -204,7 +204,7 @@ class Usage(Wire):
 class Outcome(StrEnum):
     """What became of a turn.
 
-    `unknown`: the store fell silent during the commit; send the turn again under its `turn_id`:
+    `unknown`: the commit was under way when something failed; send the turn again under its `turn_id`:
     if it was committed, its stored result comes back.
     """
 

@@ -280,8 +280,9 @@ async def test_a_turn_whose_commit_fails_is_told_as_failed_and_leaves_no_trace(
 
         ended = one(Ended, failed)
         assert (ended.status, ended.error.status, ended.error.code) == ("failed", status, code)
-        silent = code == "store_unavailable"  # then nobody knows whether it was committed
-        assert ended.memory.outcome is (Outcome.UNKNOWN if silent else Outcome.ROLLED_BACK)
+        # only an answer of the store makes it certain that nothing was committed
+        in_doubt = code in ("store_unavailable", "internal_error")
+        assert ended.memory.outcome is (Outcome.UNKNOWN if in_doubt else Outcome.ROLLED_BACK)
         assert (ended.memory.base_version, ended.memory.committed_version) == (1, None)
         assert not [each for each in failed if isinstance(each, Kept)]
         assert (await house.head()) == before
