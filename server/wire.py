@@ -204,8 +204,8 @@ class Usage(Wire):
 class Outcome(StrEnum):
     """What became of a turn.
 
-    `unknown`: the commit was under way when something failed; send the turn again under its `turn_id`:
-    if it was committed, its stored result comes back.
+    `unknown`: the commit was under way when something failed; send the turn again under its
+    `turn_id`: if it was committed, its stored result comes back.
     """
 
     COMMITTED = "committed"
