@@ -102,6 +102,8 @@ class LocalStore:
         session = self._sessions.get(held.key)
         if session is not None and session.fence == held.fence:
             session.holder = None
+            if not session.version:
+                del self._sessions[held.key]  # fences are counted for all: none comes twice
 
     async def commit(
         self,

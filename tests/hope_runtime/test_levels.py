@@ -21,7 +21,7 @@ from hope_runtime.ops.low_rank import truncated
 from hope_runtime.own_levels import add_level, remove_level
 from hope_runtime.report import Finished, Learned
 from hope_runtime.sampling import Sampling
-from hope_runtime.state import State, dump, restore
+from hope_runtime.state import FORMAT, State, dump, restore
 from hope_runtime.weights.random import random_checkpoint, tiny_config, tiny_native
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -615,7 +615,7 @@ def test_a_session_stored_before_levels_could_be_more_is_read_and_goes_on():
     after, _ = learn(model_of(config), state, about["more"])
 
     assert digest == config.learning_digest
-    assert json.loads(json.dumps(facts)) == about["facts"]
+    assert json.loads(json.dumps(facts)) == {**about["facts"], "format": FORMAT}
     assert written == blobs
     for name, delta in after.deltas.items():
         torch.testing.assert_close(delta, found[f"after/{name}"], rtol=1e-4, atol=1e-7)

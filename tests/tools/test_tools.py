@@ -64,6 +64,7 @@ def line(proxy):
 
 
 def test_a_killed_engine_comes_back_on_its_port_with_its_data(engine, direct):
+    engine.set("appendfsync", "always")  # else a sync that is under way holds the next write back
     direct.set("a", "kept")
     first = engine.pid
     engine.kill()
