@@ -42,6 +42,12 @@ def wikitext(folder: Path) -> Text:
     return Text(_member(folder, "valid"), _member(folder, "test"))
 
 
+def lambada(folder: Path) -> list[str]:
+    """Read the passages of LAMBADA's test part, one a line; the last word is the one to find."""
+    lines = bytes(_plain(folder, "lambada_test.txt")).decode().splitlines()
+    return [line.strip() for line in lines if " " in line.strip()]
+
+
 TEXTS: dict[str, Callable[[Path], Text]] = {"shakespeare": shakespeare, "wikitext": wikitext}
 
 

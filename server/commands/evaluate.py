@@ -1,4 +1,7 @@
-"""`hope eval`: how well memories learn, each against models of its size trained the same way."""
+"""`hope eval`: how well models learn, and what it costs them.
+
+`native` is here whole; what the other commands do is in modules of their names.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,17 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from hope_runtime.evaluation.tasks import Task
 
 evaluate = typer.Typer(help="Judge how well models learn.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Option("--model", help="as `hope serve` takes it")]
+Data = Annotated[
+    Path | None, typer.Option("--data", envvar="HOPE_EVAL_DATA", help="folder of the data")
+]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all cores")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="of all that is drawn")]
+Out = Annotated[Path | None, typer.Option("--out", help="file for every figure (JSON)")]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="draw the results into this file (.png, .svg)")
+]
 
 
 @evaluate.callback()
@@ -65,6 +79,113 @@ def native(
         try:
             _native(task, contender, seeds, full, to, data, plot)
         except ValueError as error:  # all errors of evaluation that a person can mend
+            raise Refusal(str(error)) from error
+
+
+@evaluate.command()
+def adapt(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE...", help="plain text to read; none: chats")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="HOPE_EVAL_DATA", help="chats; none: a hundred come with hope-nano"),
+    ] = None,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(min=16, help="tokens of attention; again for more; default: 256, 1024"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="tokens to read of each")] = 3072,
+    skip: Annotated[int, typer.Option(min=0, help="characters of each file to skip first")] = 0,
+    level: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="a setting of every level: rank=32; again for more"
+        ),
+    ] = None,
+    model: Model = "smollm2",
+    threads: Threads = 0,
+    to: Out = None,
+) -> None:
+    """Perplexity while reading documents and going on with chats, without and with learning.
+
+    Every token is scored before it is learned. An unrelated chat, scored before and after from an
+    empty window, must not get worse.
+    """
+    from server.commands.adapt import adapt as run
+
+    with _asked():
+        run(files or [], data, window or [256, 1024], tokens, skip, level or [], model, threads, to)
+
+
+@evaluate.command()
+def forget(
+    data: Data = None,
+    sessions: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="judge after so many; again for more; default: 1, 5, 20"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="tokens of a session, half of them chat")] = (
+        1024
+    ),
+    text: Annotated[int, typer.Option(min=2, help="tokens of WikiText-2 to score")] = 2048,
+    passages: Annotated[int, typer.Option(min=1, help="passages of LAMBADA")] = 100,
+    seed: Seed = 0,
+    model: Model = "smollm2",
+    threads: Threads = 0,
+    to: Out = None,
+    plot: Plot = None,
+) -> None:
+    """What a session loses of what its model could do, after 1, 5 and 20 sessions of learning.
+
+    Judged with what its levels learned and an empty window: WikiText-2, last words of LAMBADA,
+    and common knowledge.
+    """
+    from server.commands.forget import forget as run
+
+    with _asked():
+        points = sorted(set(sessions or (1, 5, 20)))
+        run(data, points, tokens, text, passages, seed, model, threads, to, plot)
+
+
+@evaluate.command()
+def classes(
+    data: Data = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="frozen, in-context, consolidated, fine-tuned; again for more; default: all"
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="of each intent")] = 5,
+    queries: Annotated[
+        int, typer.Option(min=1, help="of each intent at the end; one after earlier tasks")
+    ] = 2,
+    window: Annotated[
+        int | None, typer.Option(min=128, help="tokens of attention; default: as served")
+    ] = None,
+    seed: Seed = 0,
+    model: Model = "smollm2",
+    threads: Threads = 0,
+    to: Out = None,
+    plot: Plot = None,
+) -> None:
+    """CLINC150, ten tasks of fifteen intents one after the other, learned in four ways."""
+    from server.commands.classes import classes as run
+
+    with _asked():
+        asked = (examples, queries, window, seed, model, threads)
+        run(data, contender or [], *asked, to, plot)
+
+
+@contextmanager
+def _asked() -> Iterator[None]:
+    """Stop as Ctrl-C does when told to end, and tell in a sentence what a person can mend."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with refusals():
+        try:
+            yield
+        except (ValueError, OSError) as error:
             raise Refusal(str(error)) from error
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hope_runtime.evaluation.plot import PlotError, draw
+from hope_runtime.evaluation.plot import Panel, PlotError, curves, draw
 from hope_runtime.evaluation.table import Cell, Row
 from hope_runtime.evaluation.tasks import Measure
 
@@ -38,3 +38,11 @@ def test_without_matplotlib_the_remedy_is_told(tmp_path, monkeypatch):
 
     with pytest.raises(PlotError, match=r"pip install 'hope-server\[eval\]'"):
         draw(ROWS, ["hope"], tmp_path / "plot.png")
+
+
+def test_curves_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = {"kept": [(0, 100.0), (20, 90.0)], "lost": [(0, 0.0)]}
+    curves([Panel("words", "sessions", "%", lines), Panel("none", "", "", {})], tmp_path / "c.png")
+
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
