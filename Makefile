@@ -41,7 +41,7 @@ test-long: $(VENV)/.dev weights ## run the tests that take minutes
 FAULTS ?= --kills 500 --partitions 200 --seed 7
 faults: $(VENV)/.dev ## kill, cut and refill 700 times, then the tests of faults that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.random_kills $(FAULTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/faults tests/memory_store $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/faults tests/memory_store tests/tools $(ARGS)
 
 check: $(VENV)/.dev ## formatting, lint, types
 	$(BIN)/ruff format --check .
