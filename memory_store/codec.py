@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from memory_store.errors import Corrupt, Incompatible
-from memory_store.snapshot import BlobInfo, Head, Meta, SessionKey
+from memory_store.snapshot import BlobInfo, Head, Meta, SessionKey, included
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -99,8 +99,7 @@ class Manifest:
 
     def includes(self, version: int) -> bool:
         """Tell whether what was recorded at some version is part of the session as of this one."""
-        rolled_back = any(after < version <= last for after, last in self.undone)
-        return version <= self.version and not rolled_back
+        return included(version, self.version, self.undone)
 
 
 def pack(raw: bytes) -> Packed:

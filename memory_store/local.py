@@ -40,6 +40,7 @@ from memory_store.snapshot import (
     SessionKey,
     Snapshot,
     TurnRecord,
+    included,
 )
 
 V = TypeVar("V")
@@ -54,8 +55,7 @@ class _Version:
     undone: tuple[tuple[int, int], ...] = ()
 
     def includes(self, version: int) -> bool:
-        rolled_back = any(after < version <= last for after, last in self.undone)
-        return version <= self.snapshot.head.version and not rolled_back
+        return included(version, self.snapshot.head.version, self.undone)
 
 
 @dataclass(slots=True)

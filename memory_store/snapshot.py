@@ -7,7 +7,7 @@ a name (`level/fast`, `window/1024-1088`); small facts travel as JSON in `meta`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,17 @@ class Change:
             raise ValueError(f"blob {min(both)!r} is both put and kept; say which one is meant")
         if len({turn.turn_id for turn in self.turns}) < len(self.turns):
             raise ValueError("two turns have the same id")
+
+
+def included(version: int, current: int, undone: Iterable[tuple[int, int]]) -> bool:
+    """Tell whether what was recorded at some version is part of the session as of `current`.
+
+    `undone` are the spans (after, up to) of versions that were rolled back on the way there.
+
+    >>> [included(version, 5, [(1, 3)]) for version in (1, 2, 3, 4, 5, 6)]
+    [True, False, False, True, True, False]
+    """
+    return version <= current and not any(after < version <= last for after, last in undone)
 
 
 @dataclass(frozen=True, slots=True)
