@@ -223,6 +223,41 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RecallConfig:
+    """The memory layer beside a pre-trained base (`layers/recall.py`)."""
+
+    taps: tuple[int, int]  # the blocks whose outputs it sees; below every level that learns
+    whitened: int = 512  # what is made of them and of the token's own embedding
+    own: int = 128  # of these: of the embedding
+    behind: int = 32  # tokens of context, before one that is written
+    ahead: int = 16  # and after it
+    heads: int = 8  # of the attention to the context
+    attention: int = 256  # width of all of them
+    keys: int = 256  # the memory is a matrix of values by keys
+    values: int = 256
+    gate: int = 64
+    hidden: int = 192
+    floor: float = 0.02  # rates below it are none
+    digest: str = ""  # names the trained layer: what it wrote, no other can read
+    asks: float = 0.0  # the logit from which a question is one about the user
+    knows: float = 0.0  # and the one from which what was read is an answer
+    unknown: str = "I don't know that yet."  # what is said where it is not
+
+    def __post_init__(self) -> None:
+        if min(self.keys, self.values, self.whitened - self.own, self.behind) < 1:
+            raise ConfigError("a memory layer needs keys, values and whitened features")
+        if self.attention % self.heads:
+            raise ConfigError(
+                f"memory layer: {self.heads} heads do not divide a width of {self.attention}"
+            )
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> RecallConfig:
+        """Return the configuration that was written as JSON."""
+        return cls(**{**fields, "taps": tuple(fields["taps"])})
+
+
+@dataclass(frozen=True, slots=True)
 class RotaryScaling:
     """Frequency scaling of Llama 3.1 checkpoints (`rope_type: llama3`) or plain `linear`."""
 
@@ -267,6 +302,7 @@ class HopeConfig:
     memory: MemoryConfig | None = None
     chain: int = 1  # MLPs a block
     variant: Variant = Variant.SEQUENTIAL
+    recall: RecallConfig | None = None  # the memory layer beside a pre-trained base
 
     def __post_init__(self) -> None:
         attention = ("heads", "key_heads", "head_width") if self.attention_blocks else ()
@@ -284,6 +320,11 @@ class HopeConfig:
         if self.memory_blocks and self.memory is None:
             raise ConfigError("blocks with a memory need the memory's configuration")
         self._check_levels()
+        if self.recall and max(self.recall.taps) >= min(self.first_level_block, self.blocks):
+            raise ConfigError(
+                f"the memory layer sees block {max(self.recall.taps)}, which learns or does not "
+                f"exist; it can see those below {min(self.first_level_block, self.blocks)}"
+            )
 
     def _check_levels(self) -> None:
         taken: dict[tuple[int, int], str] = {}
@@ -353,7 +394,8 @@ class HopeConfig:
 
         What concerns memories alone (the place in a chain, the memory's chunk and rule) is left
         out where it is the default, as is what levels may have besides, so that the names of
-        sessions without any of it stay.
+        sessions without any of it stay. A memory layer is none of it: what it wrote carries its
+        own name, and a session without facts can begin to have some.
         """
         kept: list[Any] = [
             [
@@ -433,6 +475,8 @@ class HopeConfig:
             if memory := made.get("memory"):
                 form, rule = Form(memory.get("form", Form.HOPE)), Rule(**memory["rule"])
                 made["memory"] = MemoryConfig(**{**memory, "rule": rule, "form": form})
+            if recall := made.get("recall"):
+                made["recall"] = RecallConfig.from_json(recall)
             return cls(**made)
         except ConfigError:
             raise

@@ -8,7 +8,7 @@ what the job's tokenizer says, and no wire.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 from hope_runtime import sampling
 from hope_runtime.cadence import completed, marked, until_boundary
 from hope_runtime.consolidation import consolidate, learnable
+from hope_runtime.draft import Draft, Known
 from hope_runtime.lanes import Lanes
+from hope_runtime.layers import recall
 from hope_runtime.layers.cms import Deltas
+from hope_runtime.layers.recall import Facts, Found
 from hope_runtime.model import Hope, Read
 from hope_runtime.reply import Reply
 from hope_runtime.report import (
@@ -63,6 +66,7 @@ class Turn:
     sampling: Sampling
     stops: tuple[str, ...]
     learn: bool
+    recalls: bool = True  # what a memory layer knows may answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class _Seat:
     history: list[int] = field(default_factory=list)  # this reply, for the repetition penalty
     hidden: Tensor | None = None  # of the last given token, from which the first word is drawn
     next: int | None = None  # said, not yet read
+    draft: Draft | None = None  # the reply answers from what the memory layer knows
     surprise: float = 0.0
     said: int = 0
     read: int = 0
@@ -220,8 +225,9 @@ class Engine:
         began = self._clock()
         seats = self._seats[: self._speaking]
         tokens = [seat.next for seat in seats if seat.next is not None]
-        read = self._pass([[token] for token in tokens], 0, seats)
-        logits = self._model.logits(read.hidden[:, -1])
+        weights = [seat.turn.said_weight for seat in seats]
+        read = self._pass([[pair] for pair in zip(tokens, weights, strict=True)], 0, seats)
+        logits = self._model.logits(read.hidden[:, -1], self._recalled(seats))
         for row, seat in enumerate(seats):
             self._extend(row, read, row, [(tokens[row], seat.turn.said_weight)])
         facts: list[Fact] = []
@@ -236,7 +242,10 @@ class Engine:
         if not bool(logits.isfinite().all()):
             yield self._fail(row)
             return
-        token, surprise = sampling.sample(logits, seat.history, seat.turn.sampling, seat.source)
+        if seat.draft is not None and seat.draft.fixed:
+            token, surprise = seat.draft.fixed.popleft(), 0.0
+        else:
+            token, surprise = sampling.sample(logits, seat.history, seat.turn.sampling, seat.source)
         seat.surprise += surprise
         if token in self._tokenizer.stop_ids:
             seat.next = None
@@ -261,18 +270,24 @@ class Engine:
         seat = self._seats[row]
         turn = seat.turn
         unread = [] if seat.next is None else [(seat.next, turn.said_weight)]
-        memories = turn.state.memories
+        memories, facts = turn.state.memories, turn.state.facts
         if seat.state.position > turn.state.position:
-            memories = self._lanes.memories(row)
+            memories, facts = self._lanes.memories(row), self._facts(row)
             # what the last token wrote has not been recalled yet: nobody else would see it
-            if not all(bool(held.isfinite().all()) for held in memories or ()):
+            if not all(bool(held.isfinite().all()) for held in (*(memories or ()), *(facts or ()))):
                 return self._fail(row)
         self._leave(row)
         state = compact(seat.state, turn.state.position, self._model.config)
         drawn = seat.said + (reason is Reason.STOP and not seat.reply.stopped)
         return Finished(
             turn.id,
-            replace(state, carry=(*unread, *turn.closing), memories=memories),
+            replace(
+                state,
+                carry=(*unread, *turn.closing),
+                memories=memories,
+                facts=facts,
+                recall_digest=self._digest if facts else "",
+            ),
             reason,
             "" if seat.reply.stopped else seat.reply.flush(),
             seat.read,
@@ -302,7 +317,7 @@ class Engine:
         began = self._clock()
         first, seats = self._readers_around(row)
         parts = self._parts(seats)
-        read = self._pass([[token for token, _ in part] for part in parts], first, seats)
+        read = self._pass(parts, first, seats)
         facts: list[Fact] = []
         for b, (seat, part) in enumerate(zip(seats, parts, strict=True)):
             seat.hidden = read.hidden[b, len(part) - 1]
@@ -352,7 +367,9 @@ class Engine:
             yield self._finish(row, Reason.LENGTH)
             return
         self._promote(row)
-        yield from self._say(self._speaking - 1, self._model.logits(seat.hidden))
+        row = self._speaking - 1
+        change = self._begin_draft(row)
+        yield from self._say(row, self._model.logits(seat.hidden, change))
 
     def _consolidate(self, row: int) -> list[Fact]:
         seat = self._seats[row]
@@ -389,24 +406,93 @@ class Engine:
 
     # --- one pass -----------------------------------------------------------------------------
 
-    def _pass(self, tokens: list[list[int]], first: int, seats: list[_Seat]) -> Read:
-        """Read each seat's tokens; `first` is the lane of the first of them.
+    def _pass(
+        self, parts: Sequence[Sequence[tuple[int, float]]], first: int, seats: list[_Seat]
+    ) -> Read:
+        """Read each seat's (token, loss weight)s; `first` is the lane of the first of them.
 
         Shorter rows are filled up: a filler comes after the row's own tokens, which therefore
         cannot see it, and is not written to the lane.
         """
         model = self._model
-        lengths = [len(row) for row in tokens]
-        filled = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in tokens])
+        lengths = [len(part) for part in parts]
+        longest = max(lengths)
+        filled = torch.tensor(
+            [[token for token, _ in part] + [0] * (longest - len(part)) for part in parts]
+        )
         positions = [seat.state.position for seat in seats]
         start = torch.tensor(positions, device=model.device)
         past = self._lanes.view(first, first + len(seats), max(positions))
-        x = model.embed(filled.to(model.device))
+        filled = filled.to(model.device)
+        x = model.embed(filled)
         filled_up = min(lengths) < max(lengths)
         own = torch.tensor(lengths, device=model.device) if filled_up else None
         read = model.run(x, start, past, [seat.deltas for seat in seats], lengths=own)
         self._lanes.append(first, start, read, lengths)
+        if (held := self._lanes.facts(first, first + len(seats))) is not None:
+            stated = torch.zeros(filled.shape, dtype=torch.bool)
+            for row, (seat, part) in enumerate(zip(seats, parts, strict=True)):
+                if seat.turn.learn:
+                    stated[row, : len(part)] = torch.tensor([weight > 0 for _, weight in part])
+            facts = model.state_facts(held, read, filled, stated.to(model.device), own)
+            self._lanes.keep_facts(first, facts)
         return read
+
+    # --- answering from what the memory layer knows -----------------------------------------------
+
+    @property
+    def _digest(self) -> str:
+        recall = self._model.config.recall
+        return recall.digest if recall else ""
+
+    def _facts(self, row: int) -> Facts | None:
+        """Return what a session's memory layer holds now, in host memory."""
+        held = self._lanes.facts(row, row + 1)
+        return held and Facts(*(t.cpu() for t in held.session(0)))
+
+    def _begin_draft(self, row: int) -> Tensor | None:
+        """See whether the user asks for something about himself; return what changes the reply."""
+        seat, config = self._seats[row], self._model.config.recall
+        held = self._lanes.facts(row, row + 1)
+        if held is None or config is None or not seat.turn.recalls:
+            return None
+        if not bool(held.matrix.any()):
+            return None  # nothing was ever told: the base answers as it can
+        found = self._found(held)
+        if float(found.asks[0, 0]) <= config.asks:
+            return None
+        seat.draft = Draft(config)
+        return self._drafted(seat, found, 0)
+
+    def _recalled(self, seats: list[_Seat]) -> Tensor | None:
+        """Return what the memory layer adds to the hidden state of each who speaks."""
+        rows = [row for row, seat in enumerate(seats) if seat.draft is not None]
+        held = self._lanes.facts(0, len(seats))
+        if not rows or held is None:
+            return None
+        found = self._found(Facts(*(t[rows] for t in held)))
+        width = self._model.config.width
+        change = torch.zeros(len(seats), width, device=self._model.device)
+        for place, row in enumerate(rows):
+            drafted = self._drafted(seats[row], found, place)
+            if drafted is not None:
+                change[row] = drafted
+        return change
+
+    def _found(self, held: Facts) -> Found:
+        assert self._model.recall is not None
+        return recall.last(self._model.recall, held)
+
+    def _drafted(self, seat: _Seat, found: Found, place: int) -> Tensor | None:
+        """Let a draft see what was found for its next token; return what is added, if anything."""
+        assert seat.draft is not None
+        slot, known = float(found.slot[place, 0]), float(found.known[place, 0])
+        if seat.draft.see(slot, known) is Known.NO:
+            text = seat.draft.refusal(bool(seat.said))
+            seat.draft.fixed.extend(self._tokenizer.encode(text))
+            seat.draft.fixed.append(min(self._tokenizer.stop_ids))
+            return None
+        return found.change[place, 0]
 
     def _extend(self, row: int, read: Read, b: int, part: list[tuple[int, float]]) -> None:
         """Add what row `b` of a pass read to a seat's state, and the chunks that it completed."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from hope_runtime.layers import attention
 from hope_runtime.layers.attention import Past
 from hope_runtime.layers.memory import Memories
+from hope_runtime.layers.recall import Facts
 from hope_runtime.model import Hope, Read
 from hope_runtime.state import Piece, State
 
@@ -43,10 +44,12 @@ class Lanes:
         self._positions = torch.full((count, self._places), -1, device=model.device)
         nothing = model.nothing(count).memories
         self._memories = nothing and Memories(*(t.clone() for t in nothing))
+        self._facts = model.no_facts(count)
 
     @property
     def bytes(self) -> int:
-        return 2 * self._rotated.nbytes + sum(t.nbytes for t in self._memories or ())
+        held = (*(self._memories or ()), *(self._facts or ()))
+        return 2 * int(self._rotated.nbytes) + sum(int(t.nbytes) for t in held)
 
     def view(self, first: int, end: int, longest: int) -> Past:
         """Return lanes [first, end) as the past of a batch, without copying.
@@ -69,12 +72,26 @@ class Lanes:
             return None
         return Memories(*(t.cpu() for t in self._memories.session(lane)))
 
+    def facts(self, first: int, end: int) -> Facts | None:
+        """Return what lanes [first, end) hold of the memory layer, without copying."""
+        return self._facts and Facts(*(t[first:end] for t in self._facts))
+
+    def keep_facts(self, first: int, facts: Facts) -> None:
+        """Write what lanes from `first` on now hold of the memory layer."""
+        assert self._facts is not None
+        rows = slice(first, first + len(facts.tokens))
+        for held, now in zip(self._facts, facts, strict=True):
+            if held[rows].data_ptr() != now.data_ptr():
+                held[rows] = now
+
     def load(self, lane: int, state: State) -> None:
         """Lay a session out on a lane."""
         if self._model.config.attention_blocks:
             self._attend(lane, state)
         for held, kept in zip(self._memories or (), state.memories or repeat(None), strict=False):
             held[:, lane] = 0.0 if kept is None else kept.to(held)
+        if self._facts is not None:
+            self.keep_facts(lane, self._model.laid_out(state.facts))
 
     def _attend(self, lane: int, state: State) -> None:
         """Lay out what attention can see."""
@@ -139,7 +156,8 @@ class Lanes:
         if source != target:
             for held in (self._rotated, self._values, *(self._memories or ())):
                 held[:, target] = held[:, source]
-            self._positions[target] = self._positions[source]
+            for held in (self._positions, *(self._facts or ())):
+                held[target] = held[source]
 
     def swap(self, one: int, other: int) -> None:
         """Exchange two lanes."""
@@ -147,4 +165,5 @@ class Lanes:
             pair, turned = [one, other], [other, one]
             for held in (self._rotated, self._values, *(self._memories or ())):
                 held[:, pair] = held[:, turned]
-            self._positions[pair] = self._positions[turned]
+            for held in (self._positions, *(self._facts or ())):
+                held[pair] = held[turned]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope_runtime.config import ConfigError, Form, HopeConfig, Variant
-from hope_runtime.layers import attention, cms, memory
+from hope_runtime.layers import attention, cms, memory, recall
 from hope_runtime.layers.attention import Past, widened
 from hope_runtime.layers.cms import Deltas
 from hope_runtime.layers.memory import Memories, MemoryLayer
@@ -27,7 +27,8 @@ class Read(NamedTuple):
 
     `keys` (before rotation), `rotated` and `values` are [attention blocks, B, K, T, N]; `inputs`
     is what entered the first block that learns, [B, T, width]; `hidden` what left the last block;
-    `remembered` what each of the memory blocks holds after the tokens, [B, ...].
+    `remembered` what each of the memory blocks holds after the tokens, [B, ...]; `tapped` what
+    the blocks that a memory layer sees made of the tokens, [B, T, 2 width], None without one.
     """
 
     hidden: Tensor
@@ -36,6 +37,7 @@ class Read(NamedTuple):
     values: Tensor
     inputs: Tensor
     remembered: tuple[Memories, ...]
+    tapped: Tensor | None = None
 
     @property
     def memories(self) -> Memories | None:
@@ -104,6 +106,7 @@ class Hope:
         self.head = self.embedding if config.tied_head else self._take("head")
         self.blocks = tuple(self._block(i) for i in range(config.blocks))
         self.frequency = attention.frequencies(config, self.device)
+        self.recall = self._recall() if recall.NAME + "gain" in weights else None
         self._weights = {}
 
     @property
@@ -173,6 +176,43 @@ class Hope:
             down=self._take(f"{name}.down"),
         )
 
+    def _recall(self) -> recall.Weights:
+        tables = {"spaced": torch.int32, "opens": torch.bool}
+        return recall.Weights(
+            *(
+                self._put(recall.NAME + name, tables.get(name, torch.float32))
+                for name in recall.Weights._fields
+            )
+        )
+
+    def no_facts(self, sessions: int) -> recall.Facts | None:
+        """Return what the memory layer of sessions holds that have read nothing; None: no layer."""
+        if self.recall is None or self.config.recall is None:
+            return None
+        return recall.empty(sessions, self.config.recall, self.embedding)
+
+    def laid_out(self, facts: recall.Facts | None) -> recall.Facts:
+        """Return what one session holds, at rest or nothing, as the layer works with it."""
+        assert self.recall is not None
+        assert self.config.recall is not None
+        if facts is None:
+            return recall.empty(1, self.config.recall, self.embedding)
+        held = recall.Facts(*(t.to(self.device) for t in facts))
+        around = F.linear(held.recent, self.recall.context)
+        there = (held.tokens != recall.NOTHING)[..., None]
+        return held._replace(around=torch.where(there, around, 0.0))
+
+    def state_facts(
+        self, held: recall.Facts, read: Read, tokens: Tensor, stated: Tensor, lengths: Tensor | None
+    ) -> recall.Facts:
+        """Return what sessions hold of the memory layer after a pass."""
+        assert self.recall is not None
+        assert self.config.recall is not None
+        assert read.tapped is not None
+        return recall.advance(
+            self.recall, self.config.recall, held, read.tapped, tokens, stated, self.embed, lengths
+        )
+
     def frozen(self) -> Hope:
         """Return the same model with memories that are never written; it shares the weights."""
         config = self.config
@@ -186,9 +226,15 @@ class Hope:
         """Return [B, T, width] for token ids [B, T]."""
         return F.embedding(tokens, self.embedding)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits over the vocabulary, in float32 or more, for hidden states [..., width]."""
-        return widened(F.linear(norm(hidden, self.norm, self.config.norm_eps), self.head))
+    def logits(self, hidden: Tensor, change: Tensor | None = None) -> Tensor:
+        """Return logits over the vocabulary, in float32 or more, for hidden states [..., width].
+
+        `change`, of the same shape, is what a memory layer adds to them once they are normed.
+        """
+        normed = norm(hidden, self.norm, self.config.norm_eps)
+        if change is not None:
+            normed = normed + change.to(normed.dtype)
+        return widened(F.linear(normed, self.head))
 
     def run(
         self,
@@ -217,6 +263,8 @@ class Hope:
         inputs = x
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         kept: list[Memories] = []
+        taps = config.recall.taps if config.recall else ()
+        tapped: list[Tensor] = []
         attended = iter(zip(past.rotated, past.values, strict=True))
         remembered = iter(zip(*past.memories, strict=True)) if past.memories else iter(())
         for i in range(first, config.blocks):
@@ -232,12 +280,15 @@ class Hope:
                 mixed, new = self._attend(h, block.mixer, next(attended), place)
                 found.append(new)
             x = self._think(x + mixed, block, deltas)
+            if i in taps:
+                tapped.append(x)
         if found:
             keys, rotated, values = (torch.stack(parts) for parts in zip(*found, strict=True))
         else:
             shape = (0, len(x), config.key_heads, x.shape[1], config.head_width)
             keys = rotated = values = x.new_zeros(shape)
-        return Read(x, keys, rotated, values, inputs, tuple(kept))
+        seen = torch.cat(tapped, -1) if tapped and len(tapped) == len(taps) else None
+        return Read(x, keys, rotated, values, inputs, tuple(kept), seen)
 
     def _geometry(self, start: Tensor, tokens: int, past: Past) -> attention.Geometry | None:
         config = self.config

@@ -24,9 +24,10 @@ from torch import Tensor
 from hope_runtime.blobs import StateError, read, take, unpack
 from hope_runtime.cadence import Due, horizon, marked
 from hope_runtime.config import HopeConfig, LevelConfig
-from hope_runtime.layers import memory
+from hope_runtime.layers import memory, recall
 from hope_runtime.layers.cms import Deltas
 from hope_runtime.layers.memory import Memories
+from hope_runtime.layers.recall import Facts
 from hope_runtime.levels import LevelState, facts_of, restored, settled, written
 from hope_runtime.storage import EXACT, Form, Storage, packed, rounded
 
@@ -80,6 +81,8 @@ class State:
     memories: Memories | None = None  # of the memory blocks, [blocks, ...]; None: nothing read
     marks: tuple[Mark, ...] = ()  # where chunks that are begun or due start, in order
     own: tuple[LevelConfig, ...] | None = None  # the session's levels; None: the model's
+    facts: Facts | None = None  # of the memory layer, a batch of one; None: nothing read
+    recall_digest: str = ""  # which layer wrote them
 
     def under(self, config: HopeConfig) -> HopeConfig:
         """Return the model's configuration with this session's levels.
@@ -88,6 +91,16 @@ class State:
         """
         return config if self.own is None else replace(config, levels=self.own)
 
+    def cleared(self) -> State:
+        """Return the session at the start of a new window: what memory holds, and nothing else.
+
+        A chunk that was begun or waits to be learned goes with the window that it lies in. Of
+        models whose blocks remember there is nothing to clear that is not memory.
+        """
+        return State(
+            levels=self.levels, own=self.own, facts=self.facts, recall_digest=self.recall_digest
+        )
+
     @property
     def deltas(self) -> Deltas:
         """All levels' deltas by tensor name."""
@@ -95,8 +108,8 @@ class State:
 
     @property
     def memory_bytes(self) -> int:
-        """The size of what the memory blocks hold, marks included."""
-        held = [self.memories, *(mark.memories for mark in self.marks)]
+        """The size of what the memory blocks, marks included, and the memory layer hold."""
+        held = [self.memories, self.facts, *(mark.memories for mark in self.marks)]
         return sum(int(tensor.nbytes) for memories in held for tensor in memories or ())
 
     @property
@@ -194,15 +207,18 @@ def settle(state: State, since: State | None, storage: Storage) -> State:
     memories = state.memories
     if memories is not None and held.get("memory") is not memories:
         memories = _rounded(memories, form)
+    facts = state.facts
+    if facts is not None and held.get("facts") is not facts and form is not Form.FP32:
+        facts = facts._replace(matrix=rounded(facts.matrix, form))
     # one at the end of what was read holds what the next token finds: both are rounded alike
     marks = tuple(
         mark if held.get(mark_name(mark.position)) is mark else _rounded_mark(mark, form)
         for mark in state.marks
     )
-    before = (*state.levels.values(), state.memories, *state.marks)
-    if all(map(is_, before, (*levels.values(), memories, *marks))):
+    before = (*state.levels.values(), state.memories, state.facts, *state.marks)
+    if all(map(is_, before, (*levels.values(), memories, facts, *marks))):
         return state
-    return replace(state, levels=levels, memories=memories, marks=marks)
+    return replace(state, levels=levels, memories=memories, facts=facts, marks=marks)
 
 
 def dump(
@@ -232,6 +248,8 @@ def dump(
             put[name] = _blob(written(learned, storage.level(level)))
     if state.memories is not None and not kept("memory", state.memories):
         put["memory"] = _blob(_written(state.memories, storage.memory))
+    if state.facts is not None and not kept("facts", state.facts):
+        put["facts"] = _blob(_facts_written(state.facts, storage.memory))
     for mark in state.marks:
         if not kept(name := mark_name(mark.position), mark):
             put[name] = _blob(_written(mark.memories, storage.memory))
@@ -244,6 +262,8 @@ def dump(
         "marks": [mark.position for mark in state.marks],
         "levels": {name: facts_of(level) for name, level in state.levels.items()},
     }
+    if state.facts is not None:
+        facts["recall"] = state.recall_digest
     if state.own is not None:
         facts["own"] = [asdict(level) for level in state.own]
     return facts, put, keep
@@ -295,6 +315,43 @@ def restore(
             Mark(at, _memories(mark_name(at), blobs, learning, config, dtype)) for at in marks
         ),
         own=own,
+        facts=_facts(blobs, facts["recall"], config) if "recall" in facts else None,
+        recall_digest=facts.get("recall", ""),
+    )
+
+
+def _facts_written(facts: Facts, form: Form) -> dict[str, Tensor]:
+    """Return what is written of a memory layer's state; the rest is made of it again."""
+    tensors = {
+        "recent": facts.recent,
+        "tokens": facts.tokens,
+        "stated": facts.stated.to(torch.uint8),
+    }
+    return tensors | packed("matrix", facts.matrix, form)
+
+
+def _facts(blobs: Mapping[str, bytes], digest: str, config: HopeConfig) -> Facts:
+    """Return what a memory layer holds, all but what a lane makes of it."""
+    if config.recall is None:
+        raise StateError(
+            "the session holds facts of a memory layer, and this model has none; serve it with "
+            "the layer that it was written by"
+        )
+    if digest != config.recall.digest:
+        raise StateError(
+            f"the session's facts were written by memory layer {digest!r}, and this model has "
+            f"{config.recall.digest!r}; serve it with the layer that it was written by"
+        )
+    tensors = read("facts", blobs)
+    like = recall.empty(1, config.recall, torch.empty(0))
+    tokens = take("facts", tensors, "tokens", tuple(like.tokens.shape)).to(torch.int64)
+    if bool(((tokens < recall.NOTHING) | (tokens >= config.vocabulary)).any()):
+        raise StateError("blob 'facts': tokens are not all of the vocabulary")
+    return like._replace(
+        matrix=unpack("facts", tensors, "matrix", tuple(like.matrix.shape)).float(),
+        recent=take("facts", tensors, "recent", tuple(like.recent.shape)).float(),
+        tokens=tokens,
+        stated=take("facts", tensors, "stated", tuple(like.stated.shape)).to(torch.bool),
     )
 
 
@@ -315,6 +372,7 @@ def _named(state: State | None) -> dict[str, object]:
     return {
         "sinks": state.sinks,
         "memory": state.memories,
+        "facts": state.facts,
         **{piece_name(piece.start, piece.end): piece for piece in state.pieces},
         **{level_name(name): level.delta for name, level in state.levels.items()},
         **{mark_name(mark.position): mark for mark in state.marks},

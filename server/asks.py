@@ -126,6 +126,7 @@ def _ask(
         turn_id=turn_id,
         metadata=tuple(metadata.items()),
         user=request.user,
+        fresh=key is not None and memory.window == "fresh",
         durable=writes and (memory.wait or settings.wait) == "durable",
     )
 

@@ -17,6 +17,7 @@ from hope_runtime.model import Hope
 from hope_runtime.tokenizer import Tokenizer
 from hope_runtime.weights.checkpoint import Checkpoint
 from hope_runtime.weights.default import default_cache, fetch_default
+from hope_runtime.weights.memory_layer import FILE, MemoryLayer, read_layer, require_fit
 from hope_runtime.weights.random import random_checkpoint, tiny_config, tiny_native
 from server.service import Card
 from server.settings import Settings
@@ -36,10 +37,15 @@ def load(settings: Settings, report: Report) -> tuple[Card, Hope, Tokenizer, Eng
     dtype = choose_dtype(settings.dtype, device)
     checkpoint = _read(settings, report)
     config = _shape(checkpoint, settings)
+    layer = _memory_layer(checkpoint, config, settings, report)
+    weights_of = checkpoint.weights
+    if layer is not None:
+        config = replace(config, recall=layer.config)
+        weights_of = {**weights_of, **layer.tensors}
     if why := config.unserved:
         raise ConfigError(f"{checkpoint.name} cannot be served: {why}; train it with another rule")
     report(f"putting {checkpoint.name} on the {device.type}")
-    model = Hope(config, checkpoint.weights, device=device, dtype=dtype)
+    model = Hope(config, weights_of, device=device, dtype=dtype)
     card = Card(
         name=checkpoint.name,
         fingerprint=f"{checkpoint.fingerprint}/{config.learning_digest}",
@@ -98,6 +104,26 @@ def _read(settings: Settings, report: Report) -> Checkpoint:
             path = Path(name)
     report(f"reading {path.name}")
     return weights.read(path)
+
+
+def _memory_layer(
+    checkpoint: Checkpoint, config: HopeConfig, settings: Settings, report: Report
+) -> MemoryLayer | None:
+    """Read the memory layer that the settings name; one that comes with the package by itself."""
+    if settings.memory_layer == "none":
+        return None
+    if settings.memory_layer != "auto":
+        path = Path(settings.memory_layer)
+        layer = read_layer(path)
+        require_fit(layer, config, checkpoint.fingerprint, where=path)
+        report(f"reading the memory layer of {path.name}")
+        return layer
+    for path in sorted(shipped("memory-layers").glob(f"*/{FILE}")):
+        layer = read_layer(path)
+        if layer.base == checkpoint.fingerprint:
+            require_fit(layer, config, checkpoint.fingerprint, where=path)
+            return layer
+    return None
 
 
 def _shape(checkpoint: Checkpoint, settings: Settings) -> HopeConfig:

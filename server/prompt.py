@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hope_runtime.engine import Turn
+from hope_runtime.state import State
 from hope_runtime.tokenizer import Message, Role, Span, Tokenizer
 from server.book import digest, known_prefix
 from server.errors import ApiError
@@ -33,14 +34,15 @@ class Prompter:
                 param="messages",
             )
         new = ask.messages[known:]
-        if ask.instructions and base.book.instructions != digest(ask.instructions):
+        if ask.instructions and (ask.fresh or base.book.instructions != digest(ask.instructions)):
             new = (Message(Role.SYSTEM, ask.instructions), *new)
         skipped = sum(len(self._tokenizer.encode(m.text)) for m in ask.messages[:known])
         return new, skipped
 
     def job(self, id: str, ask: Ask, base: Resident, messages: tuple[Message, ...]) -> Turn:
         """Return what the engine is asked to do (ApiError 413: the input is too long)."""
-        spans = self._spans(base, messages)
+        state = base.state.cleared() if ask.fresh else base.state
+        spans = self._spans(state, messages)
         tokens = sum(len(span.ids) for span in spans)
         if tokens > self._most:
             raise ApiError(
@@ -56,7 +58,7 @@ class Prompter:
         closing = self._tokenizer.closing() if ask.most else Span(Role.MARKUP, ())
         return Turn(
             id=id,
-            state=base.state,
+            state=state,
             given=tuple((token, rates.get(span.role, 0.0)) for span in spans for token in span.ids),
             closing=tuple((token, 0.0) for token in closing.ids),
             most=ask.most,
@@ -64,9 +66,10 @@ class Prompter:
             sampling=ask.sampling,
             stops=ask.stops,
             learn=learn,
+            recalls=ask.mode is not Mode.OFF and base.key is not NOBODY,
         )
 
-    def _spans(self, base: Resident, messages: tuple[Message, ...]) -> list[Span]:
-        if base.state.position or base.state.carry:
+    def _spans(self, state: State, messages: tuple[Message, ...]) -> list[Span]:
+        if state.position or state.carry:
             return self._tokenizer.following(messages)
         return self._tokenizer.opening(messages)

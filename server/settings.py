@@ -35,6 +35,11 @@ class Settings(BaseSettings):
         "`random` or `random-native` (tiny, for trying things), a model's directory, "
         "or a .gguf file",
     )
+    memory_layer: str = Field(
+        "auto",
+        description="what remembers facts beside a pre-trained model: auto (the layer that comes "
+        "for it, if any), none, or a file of hope train memory",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of weights and window; auto: bfloat16 where it is fast"

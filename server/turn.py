@@ -33,6 +33,7 @@ class Ask:
     turn_id: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
     user: str | None = None  # the person whose session it is
+    fresh: bool = False  # begin with an empty window
     durable: bool = False  # complete only when it is on disk
 
     @property

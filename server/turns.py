@@ -288,6 +288,14 @@ class Turns:
         return after
 
     def _check(self, ask: Ask, base: Resident) -> None:
+        if ask.fresh and self._residency.config.memory_blocks:
+            raise ApiError(
+                400,
+                "invalid_request",
+                "this model's blocks remember what they read, and it has no window apart from "
+                "them; begin another session",
+                param="memory.window",
+            )
         if ask.if_version is not None and ask.if_version != base.version:
             raise ApiError(
                 412,

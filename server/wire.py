@@ -60,6 +60,8 @@ class MemoryOptions(Wire):
     `read_write`: the turn is learned and committed. `read_only`: the memory is read, nothing is
     learned or committed. `off`: the base model, nothing of the session is read or written.
     `wait`: `durable` holds the terminal event back until the store has the turn on disk.
+    `window`: `fresh` begins a new conversation, which what was said before can reach by way of
+    memory only.
     """
 
     mode: Mode = Mode.READ_WRITE
@@ -67,6 +69,7 @@ class MemoryOptions(Wire):
     on_cancel: Literal["keep", "rollback"] = "keep"
     wait: Literal["committed", "durable"] | None = None
     rates: dict[Role, Annotated[float, Field(ge=0.0, le=10.0)]] | None = None
+    window: Literal["kept", "fresh"] = "kept"
 
 
 METADATA_KEYS = 16

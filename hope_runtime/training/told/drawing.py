@@ -1,0 +1,285 @@
+"""Sessions to learn from, put together anew at every step from turns that were read once.
+
+Axes: B sessions, T tokens of the longest, Q questions of all sessions, P tokens of a reply.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from hope_runtime.config import RecallConfig
+from hope_runtime.layers.recall import NOTHING
+from hope_runtime.training.told import Kind
+from hope_runtime.training.told.features import Features
+from hope_runtime.training.told.turns import Turn, What
+
+T = TypeVar("T")
+ASKED = 8  # of a session's facts; more are told than asked for where there are many
+CONTRASTS = 4  # questions of a session for what was never told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """How hard sessions are."""
+
+    facts: tuple[int, int]
+    filler: tuple[int, int]  # turns in between
+    changes: float = 0.25  # share of facts that are told anew
+    renamed: float = 0.3  # share of facts whose value's tokens are replaced by any others
+
+
+STAGES = (
+    Stage(facts=(1, 3), filler=(0, 2), changes=0.1),
+    Stage(facts=(2, 6), filler=(1, 8)),
+    Stage(facts=(2, 12), filler=(2, 16)),
+    Stage(facts=(2, 16), filler=(2, 24)),
+)
+
+
+class Drawn(NamedTuple):
+    """A batch of sessions."""
+
+    seen: Tensor  # [B, T, Z]
+    tokens: Tensor  # [B, T]: what is written of each
+    valid: Tensor  # [B, T]
+    stated: Tensor  # [B, T]
+    told: Tensor  # [B, T]: part of the value of a fact
+    session: Tensor  # [Q]: which one a question belongs to
+    around: Tensor  # [Q, W - 1 + P, Z]
+    around_valid: Tensor  # [Q, W - 1 + P]
+    hidden: Tensor  # [Q, P, width]
+    target: Tensor  # [Q, P]: the next token; NOTHING where there is none to learn
+    weight: Tensor  # [Q, P]
+    slot: Tensor  # [Q]: the place whose next token is the value's first
+    known: Tensor  # [Q]: whether it was told
+    talk: Tensor  # [S, W, Z]: contexts that end where a reply to no question starts
+    talk_valid: Tensor  # [S, W]
+
+
+class Pool:
+    """Turns by kind and value; sessions are drawn from it."""
+
+    def __init__(
+        self,
+        features: Features,
+        kinds: Sequence[Kind],
+        written: Tensor,
+        config: RecallConfig,
+        *,
+        held_out: bool,
+    ) -> None:
+        self.features = features
+        self.config = config
+        self.written = written  # [n]: what each token is written as
+        self._vocabulary = int(features.tokens.max())
+        self._tells: dict[tuple[str, str], list[Turn]] = defaultdict(list)
+        self._changes: dict[tuple[str, str], list[Turn]] = defaultdict(list)
+        self._asks: dict[tuple[str, str], list[Turn]] = defaultdict(list)
+        self._talk: list[Turn] = []
+        self._all_asks: list[Turn] = []
+        for turn in features.turns:
+            if turn.plan.what is What.TALK:
+                self._talk.append(turn)
+                continue
+            if turn.plan.held_out is not held_out or turn.first < 0:
+                continue
+            key = turn.plan.kind, turn.plan.value
+            found = {
+                What.TELL: self._tells,
+                What.CHANGE: self._changes,
+                What.ASK: self._asks,
+            }[turn.plan.what]
+            found[key].append(turn)
+            if turn.plan.what is What.ASK:
+                self._all_asks.append(turn)
+        self._values: dict[str, list[str]] = defaultdict(list)
+        for kind, value in self._tells:
+            if (kind, value) in self._asks:
+                self._values[kind].append(value)
+        self.kinds = sorted(self._values)
+        self._family: dict[str, list[str]] = {}
+        by_values: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        named = {kind.name: kind for kind in kinds}
+        for kind in self.kinds:
+            by_values[named[kind].values].append(kind)
+        for kind in self.kinds:
+            self._family[kind] = by_values[named[kind].values]
+
+    def draw(self, rng: Generator, sessions: int, stage: Stage) -> Drawn:
+        """Draw sessions with the same number of facts and of turns between."""
+        count = int(rng.integers(stage.facts[0], stage.facts[1] + 1))
+        filler = int(rng.integers(stage.filler[0], stage.filler[1] + 1))
+        return self.collate(
+            rng, [self._session(rng, count, filler, stage) for _ in range(sessions)]
+        )
+
+    def _session(self, rng: Generator, count: int, filler: int, stage: Stage) -> _Session:
+        chosen = self._kinds(rng, count)
+        first: list[Turn] = []
+        then: list[Turn] = []
+        asked: list[tuple[Turn, Turn]] = []
+        renamed: dict[int, dict[int, int]] = {}
+        for kind in chosen:
+            value = _one(rng, self._values[kind])
+            told = _one(rng, self._tells[kind, value])
+            if rng.random() < stage.changes:
+                others = [v for v in self._values[kind] if v != value]
+                later = [v for v in others if (kind, v) in self._changes]
+                if later:
+                    first.append(told)
+                    value = _one(rng, later)
+                    told = _one(rng, self._changes[kind, value])
+                    then.append(told)
+                else:
+                    first.append(told)
+            else:
+                (first if rng.random() < 0.7 else then).append(told)
+            ask = _one(rng, self._asks[kind, value])
+            if self._same(told, ask):
+                asked.append((told, ask))
+        idle = [_one(rng, self._talk) for _ in range(filler) if self._talk]
+        idle += [_one(rng, self._all_asks) for _ in range(1 + filler // 6)]
+        stream = _mixed(rng, first, idle[: len(idle) // 2])
+        stream += _mixed(rng, then, idle[len(idle) // 2 :])
+        for told, ask in asked:
+            if rng.random() < stage.renamed:
+                ids = self.features.tokens[ask.first : ask.last].tolist()
+                fresh = {id: int(rng.integers(1000, self._vocabulary)) for id in set(ids)}
+                renamed[told.start] = renamed[ask.start] = fresh
+        if len(asked) > ASKED:
+            asked = [asked[i] for i in rng.permutation(len(asked))[:ASKED]]
+        unknown = [
+            _one(rng, self._asks[kind, _one(rng, self._values[kind])])
+            for kind in self._strangers(rng, chosen, min(CONTRASTS, 1 + count))
+        ]
+        return _Session(stream, [ask for _, ask in asked], unknown, renamed)
+
+    def _kinds(self, rng: Generator, count: int) -> list[str]:
+        """Draw kinds; now and then some of one family, which are easily confused."""
+        chosen: dict[str, None] = {}
+        while len(chosen) < min(count, len(self.kinds)):
+            kind = _one(rng, self.kinds)
+            chosen[kind] = None
+            if rng.random() < 0.3 and len(chosen) < count:
+                chosen[_one(rng, self._family[kind])] = None
+        return list(chosen)
+
+    def _strangers(self, rng: Generator, chosen: Sequence[str], count: int) -> list[str]:
+        """Draw kinds that are not among the chosen, most from their families."""
+        found = []
+        for _ in range(count):
+            near = self._family[_one(rng, chosen)] if rng.random() < 0.6 else self.kinds
+            free = [kind for kind in near if kind not in chosen]
+            if free:
+                found.append(_one(rng, free))
+        return found
+
+    def _same(self, told: Turn, ask: Turn) -> bool:
+        """Tell whether a value is written with the tokens that the answer needs."""
+        ours = self.written[told.first : told.last]
+        theirs = self.features.tokens[ask.first : ask.last]
+        return len(ours) == len(theirs) and bool((ours == theirs).all())
+
+    def collate(self, rng: Generator, sessions: Sequence[_Session]) -> Drawn:
+        """Lay sessions out."""
+        data, config = self.features, self.config
+        context = config.behind + config.ahead
+        longest = max(sum(t.end - t.start for t in s.stream) for s in sessions) + config.ahead
+        shape = len(sessions), longest
+        seen = torch.zeros(*shape, config.whitened)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        valid, stated, told = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+        for b, session in enumerate(sessions):
+            at = 0
+            for turn in session.stream:
+                here, there = slice(at, at + turn.end - turn.start), slice(turn.start, turn.end)
+                seen[b, here] = data.seen[there].float()
+                tokens[b, here] = self.written[there]
+                valid[b, here] = True
+                stated[b, here] = data.stated[there]
+                if turn.plan.what in {What.TELL, What.CHANGE}:
+                    first, last = at + turn.first - turn.start, at + turn.last - turn.start
+                    told[b, first:last] = True
+                    for id, other in session.renamed.get(turn.start, {}).items():
+                        part = tokens[b, first:last]
+                        tokens[b, first:last] = torch.where(
+                            self.written[turn.first : turn.last] == id, other, part
+                        )
+                at += turn.end - turn.start
+        asks = [
+            (b, turn, known)
+            for b, session in enumerate(sessions)
+            for known, turns in ((True, session.asked), (False, session.unknown))
+            for turn in turns
+        ]
+        most = max(turn.end - 2 - turn.asked for _, turn, _ in asks)
+        around = torch.zeros(len(asks), context - 1 + most, config.whitened)
+        around_valid = torch.zeros(len(asks), context - 1 + most, dtype=torch.bool)
+        hidden = torch.zeros(len(asks), most, data.hidden.shape[1])
+        target = torch.full((len(asks), most), NOTHING)
+        weight = torch.zeros(len(asks), most)
+        slot = torch.zeros(len(asks), dtype=torch.int64)
+        for q, (b, turn, known) in enumerate(asks):
+            places = turn.end - 2 - turn.asked  # the last of them says that the reply ends
+            begin = max(int(data.since[turn.asked]), turn.asked - context + 1)
+            at = context - 1 - (turn.asked - begin)
+            around[q, at : context - 1 + places] = data.seen[begin : turn.asked + places].float()
+            around_valid[q, at : context - 1 + places] = True
+            rows = data.replies[turn.asked : turn.asked + places]
+            hidden[q, :places] = data.hidden[rows].float()
+            target[q, :places] = data.tokens[turn.asked + 1 : turn.asked + 1 + places]
+            weight[q, :places] = 0.5
+            first, last = turn.first - 1 - turn.asked, turn.last - 1 - turn.asked
+            slot[q] = first
+            if known:
+                weight[q, first:last] = 2.0
+                for id, other in sessions[b].renamed.get(turn.start, {}).items():
+                    was = data.tokens[turn.first : turn.last] == id
+                    target[q, first:last] = torch.where(was, other, target[q, first:last])
+            else:
+                weight[q, first:] = 0.0
+        talk, talk_valid = self._contexts(rng, 3 * len(sessions))
+        return Drawn(
+            seen, tokens, valid, stated, told,
+            torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, target, weight,
+            slot, torch.tensor([known for _, _, known in asks]), talk, talk_valid,
+        )  # fmt: skip
+
+    def _contexts(self, rng: Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Return contexts in which a reply starts that answers no question about the user."""
+        data, context = self.features, self.config.behind + self.config.ahead
+        seen = torch.zeros(count, context, self.config.whitened)
+        valid = torch.zeros(count, context, dtype=torch.bool)
+        told = list(self._tells.values())
+        for row in range(count):
+            talk = self._talk and rng.random() < 0.6
+            turn = _one(rng, self._talk) if talk else _one(rng, _one(rng, told))
+            begin = max(int(data.since[turn.asked]), turn.asked - context + 1)
+            size = turn.asked + 1 - begin
+            seen[row, context - size :] = data.seen[begin : turn.asked + 1].float()
+            valid[row, context - size :] = True
+        return seen, valid
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    stream: list[Turn]
+    asked: list[Turn]
+    unknown: list[Turn]
+    renamed: dict[int, dict[int, int]]  # by a turn's start: tokens, and what they become
+
+
+def _one(rng: Generator, of: Sequence[T]) -> T:
+    return of[int(rng.integers(len(of)))]
+
+
+def _mixed(rng: Generator, some: list[Turn], others: list[Turn]) -> list[Turn]:
+    both = [*some, *others]
+    return [both[i] for i in rng.permutation(len(both))]

@@ -1,0 +1,400 @@
+"""How the memory layer of a pre-trained base is learned: to copy, and to know when it can.
+
+The base is frozen and was read once. An answer's tokens are learned, the value's most; what was
+never told teaches what an empty memory looks like at the very place where a value would come (the
+contrast), and nothing else of it is learned: no answer is ever trained to be "I don't know".
+
+Axes: B sessions, T tokens, Q questions, P tokens of a reply, W tokens of context.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hope_runtime.config import RecallConfig
+from hope_runtime.layers import recall
+from hope_runtime.layers.recall import NOTHING, Weights
+from hope_runtime.ops import optimisers
+from hope_runtime.ops.optimisers import OptimiserState
+from hope_runtime.training.told.drawing import STAGES, Drawn, Pool, Stage
+
+FIXED = ("mean", "scale", "basis", "token_mean", "token_basis", "gain", "spaced", "opens")
+Noise = Callable[[Tensor], Tensor]
+OTHERS = 1500  # tokens that no answer of a batch needs, among which it has to be found
+MARGIN = 4.0  # of what may be read for a fact that was never told
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a layer is trained; with the features and the seed it determines the result."""
+
+    steps: int
+    sessions: int = 16  # a step
+    rate: float = 1.5e-3
+    warmup: int = 50
+    noise: float = 0.3  # on features
+    dropout: float = 0.1  # share of the whitened directions that a step does not see
+    clip: float = 1.0
+    seed: int = 0
+
+    def at(self, step: int) -> float:
+        """Return the share of the rate at a step: it rises, and falls as a cosine."""
+        rising = min(1.0, (step + 1) / max(self.warmup, 1))
+        return rising * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+    def stage(self, step: int) -> Stage:
+        """Return how hard sessions are at a step: the first quarter climbs to the hardest."""
+        place = int(len(STAGES) * 4 * step / self.steps)
+        return STAGES[min(place, len(STAGES) - 1)]
+
+
+class Progress(NamedTuple):
+    """A run between two steps."""
+
+    step: int
+    params: Mapping[str, Tensor]
+    moments: OptimiserState
+    chance: np.random.Generator
+
+
+def initial(
+    config: RecallConfig,
+    features: Tensor,
+    embedding: Tensor,
+    decoded: Sequence[str],
+    seed: int = 0,
+) -> Weights:
+    """Return a layer that copies by likeness, behind a gain of zero.
+
+    Keys and queries begin as the same whitened directions, values as the whitened embedding and
+    the output as its way back.
+
+    Args:
+        config: of the layer.
+        features: a sample of what the seen blocks make of tokens, [n, F].
+        embedding: of the base, [V, width].
+        decoded: the text of every token.
+        seed: of what is drawn.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    width = embedding.shape[1]
+    features, embedding = features.float(), embedding.float()
+    mean, scale = features.mean(0), features.std(0) + 1e-3
+    basis = _whitening(((features - mean) / scale).clamp(-5, 5), config.whitened - config.own, 0.05)
+    token_mean = embedding.mean(0)
+    centred = embedding - token_mean
+    value = _whitening(centred, config.values, None)
+    value = value / (centred @ value.T).norm(dim=1).mean()
+
+    def drawn(*shape: int, scale: float) -> Tensor:
+        return torch.randn(*shape, generator=chance) * scale
+
+    z, around = config.whitened, config.attention
+    key = torch.zeros(config.keys, z + around)
+    ours = 3 * config.keys // 4  # of the key: what the blocks made; the rest: the token itself
+    key[:ours, :ours] = torch.eye(ours)
+    rest = min(config.keys - ours, config.own)
+    key[ours : ours + rest, z - config.own : z - config.own + rest] = 0.5 * torch.eye(rest)
+    key[:, z:] = drawn(config.keys, around, scale=0.3 / around**0.5)
+    both = 1 / (z + around) ** 0.5
+    tensors = {
+        "mean": mean,
+        "scale": scale,
+        "basis": basis,
+        "token_mean": token_mean,
+        "token_basis": _whitening(centred, config.own, 0.1),
+        "context": drawn(2 * around, z, scale=z**-0.5),
+        "writer": drawn(around, z, scale=0.5 * z**-0.5),
+        "reader": drawn(around, z, scale=0.5 * z**-0.5),
+        "write_key": key,
+        "read_key": key.clone(),
+        "value": value,
+        "output": value.T.clone(),
+        "gate": drawn(config.gate, 2 * z + around, scale=(2 * z + around) ** -0.5),
+        "gate_out": drawn(1, config.gate, scale=config.gate**-0.5),
+        "rate_bias": torch.full((1,), -2.0),
+        "fading": torch.full((1,), -6.0),
+        "sense": drawn(config.hidden, z + around, scale=both),
+        "mix": drawn(config.hidden, z + around, scale=both),
+        "mix_read": drawn(config.hidden, config.values, scale=config.values**-0.5),
+        "strength": drawn(1, config.hidden, scale=0.3 * config.hidden**-0.5),
+        "strength_bias": torch.full((1,), 3.0),
+        "spaced": _spaced(decoded, len(embedding)),
+        "opens": torch.tensor([_opens(text) for text in decoded]),
+    }
+    for name, shape in recall.shapes(config, width, len(embedding)):
+        tensors.setdefault(name, torch.zeros(shape))
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
+    return Weights(**tensors)
+
+
+def _whitening(rows: Tensor, width: int, floor: float | None) -> Tensor:
+    """Return [width, D], the main directions of centred rows [n, D] scaled to unit variance."""
+    found, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    found, directions = found.flip(0)[:width], directions.flip(1)[:, :width]
+    least = floor if floor is not None else 0.1 * float(found.mean())
+    scaled: Tensor = directions / (found.clamp(min=0) + least).sqrt()
+    return scaled.T.contiguous()
+
+
+def _spaced(decoded: Sequence[str], vocabulary: int) -> Tensor:
+    by_text = {text: id for id, text in reversed(list(enumerate(decoded)))}
+    found = list(range(vocabulary))
+    for id, text in enumerate(decoded):
+        if text[:1].isalpha():
+            found[id] = by_text.get(" " + text, id)
+    return torch.tensor(found, dtype=torch.int32)
+
+
+def _opens(text: str) -> bool:
+    """Tell whether a word after this text begins a message, a line or a quotation."""
+    return not text or text[-1] in "\n\"'([*_" or text[-1] in "\u201c\u2018"
+
+
+def written_ids(weights: Weights, tokens: Tensor) -> Tensor:
+    """Return what each of many tokens in a row is written as."""
+    before = torch.cat([tokens[:1], tokens[:-1]])
+    return recall.written(weights, before, tokens)
+
+
+class Losses(NamedTuple):
+    """What a batch lacks, in nats; and of its answers, how many values were the best token."""
+
+    answers: Tensor
+    gate: Tensor
+    sense: Tensor
+    known: Tensor
+    contrast: Tensor
+    copied: float  # share of known values whose tokens are all right, among the batch's tokens
+
+    @property
+    def total(self) -> Tensor:
+        return (
+            self.answers
+            + 4.0 * self.gate
+            + 0.3 * self.sense
+            + 0.5 * self.known
+            + 0.2 * self.contrast
+        )
+
+
+def losses(
+    config: RecallConfig,
+    weights: Weights,
+    batch: Drawn,
+    embedding: Tensor,
+    chance: torch.Generator,
+    noise: float = 0.0,
+    dropout: float = 0.0,
+) -> Losses:
+    """Return the losses of a batch.
+
+    Args:
+        config: of the layer.
+        weights: of the layer, those to learn with gradients.
+        batch: some sessions.
+        embedding: of the base, [V, width], float32; the head as well.
+        chance: of the noise and of the other tokens.
+        noise: on features.
+        dropout: share of the whitened directions that are hidden.
+    """
+
+    def noisy(x: Tensor) -> Tensor:
+        return x * kept + noise * torch.randn(x.shape, generator=chance)
+
+    kept = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
+    matrix, gate = remember(config, weights, batch, embedding, noisy)
+    judged = batch.stated & batch.valid
+    labels = batch.told.float()
+    gate_loss = F.binary_cross_entropy_with_logits(gate[judged], labels[judged])
+
+    context = config.behind + config.ahead
+    around = noisy(batch.around)
+    own = around[:, context - 1 :]
+    with _fast():
+        context_of = F.linear(around, weights.context)
+    found = recall.read(weights, matrix[batch.session], own, context_of.float(), batch.around_valid)
+    rows = torch.arange(len(batch.slot))
+    learned = (batch.target != NOTHING) & (batch.weight > 0)
+    vocabulary, target = _vocabulary(batch.target[learned], len(embedding), chance)
+    normed = (batch.hidden + found.change)[learned]
+    with _fast():
+        logits = normed @ embedding[vocabulary].T
+    logits = logits.float()
+    weight = batch.weight[learned]
+    nats = F.cross_entropy(logits, target, reduction="none")
+    answers = (nats * weight).sum() / weight.sum()
+
+    with torch.no_grad():
+        wrong = torch.zeros(batch.target.shape, dtype=torch.bool)
+        wrong[learned] = (logits.argmax(-1) != target) & (weight > 1.0)
+        known = batch.known
+        copied = float((~wrong.any(1))[known].float().mean()) if bool(known.any()) else math.nan
+
+    size = found.read.square().sum(-1).add(1e-9).sqrt()[rows, batch.slot]
+    strength = found.change[rows, batch.slot]
+    untold = ~batch.known
+    contrast = (
+        F.relu(size[untold] - 0.2).mean() if bool(untold.any()) else size.sum() * 0.0
+    ) + 0.0 * strength.sum()
+    known_loss = F.binary_cross_entropy_with_logits(
+        found.known[rows, batch.slot], batch.known.float()
+    )
+    # a slot is where the value comes next; a reply's other places are none
+    places = torch.arange(batch.target.shape[1])[None]
+    real = (batch.target != NOTHING) & (places <= batch.slot[:, None])
+    is_slot = (places == batch.slot[:, None]).float()
+    slot_loss = F.binary_cross_entropy_with_logits(found.slot[real], is_slot[real])
+    talk = recall.read(
+        weights,
+        torch.zeros(len(batch.talk), config.values, config.keys),
+        noisy(batch.talk[:, -1:]),
+        F.linear(noisy(batch.talk), weights.context),
+        batch.talk_valid,
+    )
+    asks = torch.cat([found.asks[:, 0], talk.asks[:, 0]])
+    asked = torch.cat([torch.ones(len(found.asks)), torch.zeros(len(talk.asks))])
+    ask_loss = F.binary_cross_entropy_with_logits(asks, asked)
+    return Losses(answers, gate_loss, slot_loss + ask_loss, known_loss, contrast, copied)
+
+
+def _fast() -> torch.autocast:
+    """Let large products be computed in bfloat16, as a server does with the base."""
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def remember(
+    config: RecallConfig,
+    weights: Weights,
+    batch: Drawn,
+    embedding: Tensor,
+    noisy: Noise = lambda x: x,
+) -> tuple[Tensor, Tensor]:
+    """Return the memories of a batch's sessions, [B, R, N], and the gates of their tokens."""
+    tokens = batch.seen.shape[1] - config.ahead
+    recent = F.pad(noisy(batch.seen), (0, 0, config.behind, 0))
+    valid = F.pad(batch.valid, (config.behind, 0))
+    names = batch.tokens[:, :tokens]
+    with _fast():
+        found = recall.judged(weights, config, recent, F.linear(recent, weights.context), valid)
+    said = (batch.stated & batch.valid)[:, :tokens]
+    rate = torch.where(said, found.rate, 0.0).float()
+    # what is not written at all need not be solved for
+    count = max(int((rate > 0).sum(1).max()), 1)
+    order = (rate > 0).int().sort(dim=1, descending=True, stable=True).indices[:, :count]
+    rows = torch.arange(len(rate))[:, None]
+    both, names = found.both.float()[rows, order], names[rows, order]
+    chosen = recall.writes(weights, both, rate[rows, order], embedding[names])
+    start = torch.zeros(len(rate), config.values, config.keys)
+    return recall.store(weights, start, chosen), F.pad(found.gate.float(), (0, config.ahead))
+
+
+def _vocabulary(targets: Tensor, size: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return tokens that answers choose from, [v], and where each target is among them."""
+    others = torch.randint(size, (OTHERS,), generator=chance)
+    tokens = torch.cat([targets, others]).unique()
+    return tokens, torch.searchsorted(tokens, targets)
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+def begin(weights: Weights, recipe: Recipe) -> Progress:
+    """Return a run before its first step."""
+    params = {n: t for n, t in weights._asdict().items() if n not in FIXED}
+    return Progress(0, params, _rule().init(params), np.random.default_rng(recipe.seed))
+
+
+def advance(
+    config: RecallConfig,
+    recipe: Recipe,
+    fixed: Weights,
+    progress: Progress,
+    pool: Pool,
+    embedding: Tensor,
+) -> tuple[Progress, Losses, float]:
+    """Take one step; return also the norm of its gradient."""
+    chance = progress.chance
+    batch = pool.draw(chance, recipe.sessions, recipe.stage(progress.step))
+    draws = torch.Generator().manual_seed(int(chance.integers(2**31)))
+    params = {name: p.detach().requires_grad_() for name, p in progress.params.items()}
+    weights = fixed._replace(**params, gain=torch.tensor(1.0))
+    found = losses(config, weights, batch, embedding, draws, recipe.noise, recipe.dropout)
+    gradients = torch.autograd.grad(
+        found.total, list(params.values()), allow_unused=True, materialize_grads=True
+    )
+    clipped, norm = optimisers.clip_by_norm(dict(zip(params, gradients, strict=True)), recipe.clip)
+    if not math.isfinite(float(norm)):
+        raise ValueError(f"the gradient at step {progress.step} is not finite; lower --rate")
+    with torch.no_grad():
+        moved, moments = _rule().update(
+            clipped, progress.moments, progress.params,
+            rate=recipe.at(progress.step) * recipe.rate,
+        )  # fmt: skip
+        after = optimisers.apply(progress.params, moved)
+    return Progress(progress.step + 1, after, moments, chance), found, float(norm)
+
+
+def _rule() -> optimisers.Optimiser:
+    return optimisers.named("adamw", decay=0.0, square_retain=0.98)
+
+
+def trained(fixed: Weights, progress: Progress) -> Weights:
+    """Return the layer as a run has it, switched on."""
+    return fixed._replace(**progress.params, gain=torch.tensor(1.0))
+
+
+def save(
+    file: Path, config: RecallConfig, recipe: Recipe, fixed: Weights, progress: Progress
+) -> None:
+    """Write a run to one file, at once."""
+    tensors = {f"layer/{n}": t for n, t in fixed._replace(**progress.params)._asdict().items()}
+    tensors |= {f"moments/{n}": t for n, t in optimisers.flatten(progress.moments).items()}
+    about = {
+        "config": json.dumps(asdict(config)),
+        "recipe": json.dumps(asdict(recipe)),
+        "step": str(progress.step),
+        "chance": json.dumps(progress.chance.bit_generator.state),
+    }
+    draft = file.with_suffix(".draft")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, draft, about)
+    os.replace(draft, file)
+
+
+def load(file: Path) -> tuple[RecallConfig, Recipe, Weights, Progress]:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: the file is no run.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about: dict[str, str] = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        config = RecallConfig.from_json(json.loads(about["config"]))
+        recipe = Recipe(**json.loads(about["recipe"]))
+        layer = Weights(**{name: tensors[f"layer/{name}"] for name in Weights._fields})
+        chance = np.random.default_rng()
+        chance.bit_generator.state = json.loads(about["chance"])
+        moments = optimisers.restore(
+            {n.removeprefix("moments/"): t for n, t in tensors.items() if n.startswith("moments/")}
+        )
+        step = int(about["step"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a run of hope train memory: {error}") from error
+    params = {n: t for n, t in layer._asdict().items() if n not in FIXED}
+    return config, recipe, layer, Progress(step, params, moments, chance)

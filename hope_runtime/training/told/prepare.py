@@ -1,0 +1,120 @@
+"""From kinds of facts, chats and a base model to features, in shards that are kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hope_runtime.config import HopeConfig, RecallConfig
+from hope_runtime.layers import recall
+from hope_runtime.model import Hope
+from hope_runtime.tokenizer import Tokenizer
+from hope_runtime.training.corpora import Chat
+from hope_runtime.training.told import Kind
+from hope_runtime.training.told.features import Features, gather, lower, tapped
+from hope_runtime.training.told.learn import initial
+from hope_runtime.training.told.turns import Plan, Said, What, conversations, plan
+
+LENGTH = 480  # tokens of a conversation
+SAMPLE = 24  # conversations to whiten by
+TALK = 150  # lines of small talk in a shard with facts
+CHATS = 900  # turns of a shard that other people had
+
+
+def config_for(base: HopeConfig, **settings: Any) -> RecallConfig:
+    """Return the configuration that suits a base: it sees a third and two thirds of the way up.
+
+    >>> from hope_runtime.weights.random import tiny_config
+    >>> config_for(tiny_config()).taps
+    (0, 1)
+    """
+    highest = min(base.stacked().first_level_block if not base.levels else base.first_level_block,
+                  base.blocks) - 1  # fmt: skip
+    upper = max(min(round(base.blocks * 2 / 3), highest), 1)
+    return RecallConfig(taps=(upper // 2, upper), **settings)
+
+
+def talk() -> list[str]:
+    """Return what people say to an assistant that is no fact of theirs and asks for none."""
+    lines = (Path(__file__).parent / "talk.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def shard(
+    index: int, kinds: Sequence[Kind], chats: Sequence[Chat], tokenizer: Tokenizer, seed: int
+) -> list[Said]:
+    """Return the conversations of one shard: every way to say everything, with other values."""
+    rng = np.random.default_rng([seed, index])
+    plans = plan(rng, kinds, 1)
+    said = talk()
+    said = [said[i] for i in rng.permutation(len(said))[: TALK if kinds else None]]
+    idle = [Plan(What.TALK, text, "Sure, let me think about that.") for text in said]
+    asks = [one for one in plans if one.what is What.ASK]
+    tells = [one for one in plans if one.what is not What.ASK]
+    cut = len(idle) // 2
+    found = list(conversations(rng, [*asks, *idle[:cut]], tokenizer, LENGTH))
+    found += conversations(rng, [*tells, *idle[cut:]], tokenizer, LENGTH)
+    for one in _excerpts(rng, chats):
+        found += conversations(rng, one, tokenizer, 10**9)
+    return found
+
+
+def _excerpts(rng: np.random.Generator, chats: Sequence[Chat]) -> Iterator[list[Plan]]:
+    left = CHATS
+    while left > 0:
+        chat = chats[int(rng.integers(len(chats)))]
+        plans = [
+            Plan(What.TALK, said.text, heard.text)
+            for said, heard in zip(chat[::2], chat[1::2], strict=False)
+        ][:8]
+        if plans:
+            yield plans
+            left -= len(plans)
+
+
+def first_layer(
+    model: Hope, config: RecallConfig, said: Sequence[Said], tokenizer: Tokenizer, seed: int
+) -> recall.Weights:
+    """Return a layer that was not trained, whitened by some conversations."""
+    rng = np.random.default_rng(seed)
+    some = [said[i] for i in rng.permutation(len(said))[:SAMPLE]]
+    below = lower(model, config)
+    rows: list[Tensor] = []
+    for one in some:
+        rows += tapped(below, [one])[0]
+    decoded = [tokenizer.decode([id]) for id in range(model.config.vocabulary)]
+    sample = torch.cat(rows).float().cpu()
+    return initial(config, sample, model.embedding.float().cpu(), decoded, seed)
+
+
+def gathered(
+    model: Hope,
+    layer: recall.Weights,
+    said: Sequence[Said],
+    file: Path,
+    progress: Callable[[int], None],
+) -> Features:
+    """Return a shard's features: those of the file, or new ones that are written there."""
+    if file.exists():
+        return Features.load(file)
+    assert model.config.recall is not None
+    found = gather(model, layer, said, progress)
+    draft = file.with_suffix(".draft")
+    found.save(draft)
+    draft.replace(file)
+    return found
+
+
+def seen_by(model: Hope, config: RecallConfig) -> Hope:
+    """Return the base so that it tells what the layer sees."""
+    from copy import copy
+
+    twin = copy(model)
+    twin.config = replace(model.config, recall=config)
+    return twin
