@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     mode: wire.Mode
     on_cancel: Literal["keep", "rollback"]
     wait: Literal["committed", "durable"] | None
+    window: Literal["kept", "fresh"]
     if_version: int | None
     rates: dict[wire.Role, float] | None
 

@@ -149,6 +149,68 @@ def forget(
 
 
 @evaluate.command()
+def memory(
+    data: Data = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="what is kept from training: phrasings, types, 'value first', fresh (with "
+            "--kinds); again for more; default: phrasings"
+        ),
+    ] = None,
+    facts: Annotated[
+        list[int] | None, typer.Option(min=1, help="facts of each person; again; default: 4")
+    ] = None,
+    filler: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="tokens of chat before the questions; again; default: 2,000"),
+    ] = None,
+    changing: Annotated[bool, typer.Option("--changing", help="half of the facts change")] = False,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(help="memory, nothing, context, retrieval; again; default: all"),
+    ] = None,
+    users: Annotated[int, typer.Option(min=1, help="people of each row")] = 13,
+    seed: Seed = 0,
+    kinds: Annotated[
+        Path | None, typer.Option(help="kinds of facts in place of those that come with it")
+    ] = None,
+    model: Model = "smollm2",
+    layer: Annotated[str, typer.Option("--memory-layer", help="as `hope serve` takes it")] = "auto",
+    serve: Annotated[
+        list[str] | None, typer.Option("--serve", help="one more argument of hope serve; again")
+    ] = None,
+    to: Out = None,
+    show: Annotated[int, typer.Option(help="answers of each row to print")] = 0,
+) -> None:
+    """Is what people tell still known later, after a kill, from memory alone?
+
+    Everything goes through a server that is started for it, as a user's would: told over the API,
+    killed, started again, asked in a fresh window.
+    """
+    from server.commands.memory import CONTENDERS
+    from server.commands.memory import memory as run
+
+    with _asked():
+        run(
+            data,
+            part or ["phrasings"],
+            facts or [4],
+            filler or [2000],
+            changing,
+            contender or CONTENDERS,
+            users,
+            seed,
+            kinds,
+            model,
+            layer,
+            serve or [],
+            to,
+            show,
+        )
+
+
+@evaluate.command()
 def classes(
     data: Data = None,
     contender: Annotated[

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from server.commands.terminal import Refusal, err, out, refusals
+from server.commands.train_memory import memory
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from hope_runtime.config import HopeConfig
@@ -29,6 +30,9 @@ _NOTE_EVERY = 25  # steps between two lines of the curve
 @train.callback()
 def _train() -> None:
     """Train models."""
+
+
+train.command()(memory)
 
 
 @train.command()

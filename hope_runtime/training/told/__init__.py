@@ -10,6 +10,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,22 +55,29 @@ def kinds() -> tuple[Kind, ...]:
 
 
 def read(files: Iterable[Path]) -> tuple[Kind, ...]:
-    """Return the kinds in some files, ordered by name.
+    """Return the kinds in some files, ordered by name; what several say of one is put together.
 
     Raises:
-        ValueError: a kind is twice there, or a file is not one of kinds.
+        ValueError: a file is not one of kinds.
     """
     found: dict[str, Kind] = {}
     for file in files:
         try:
             for fields in tomllib.loads(file.read_text(encoding="utf-8"))["kind"]:
                 kind = _kind(fields)
-                if kind.name in found:
-                    raise ValueError(f"the kind {kind.name!r} is there twice")
-                found[kind.name] = kind
+                found[kind.name] = _together(found[kind.name], kind) if kind.name in found else kind
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file.name}: not a file of kinds of facts: {error}") from error
     return tuple(found[name] for name in sorted(found))
+
+
+def _together(one: Kind, other: Kind) -> Kind:
+    both = {
+        field.name: tuple(dict.fromkeys((*getattr(one, field.name), *getattr(other, field.name))))
+        for field in dataclass_fields(Kind)
+        if field.name != "name"
+    }
+    return Kind(one.name, **both)
 
 
 def _kind(fields: dict[str, Any]) -> Kind:

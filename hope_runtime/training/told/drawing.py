@@ -151,7 +151,10 @@ class Pool:
         for told, ask in asked:
             if rng.random() < stage.renamed:
                 ids = self.features.tokens[ask.first : ask.last].tolist()
-                fresh = {id: int(rng.integers(1000, self._vocabulary)) for id in set(ids)}
+                fresh = {
+                    id: int(rng.integers(self._vocabulary // 20, self._vocabulary))
+                    for id in set(ids)
+                }
                 renamed[told.start] = renamed[ask.start] = fresh
         if len(asked) > ASKED:
             asked = [asked[i] for i in rng.permutation(len(asked))[:ASKED]]

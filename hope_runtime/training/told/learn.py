@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -328,7 +329,7 @@ def advance(
     embedding: Tensor,
 ) -> tuple[Progress, Losses, float]:
     """Take one step; return also the norm of its gradient."""
-    chance = progress.chance
+    chance = deepcopy(progress.chance)  # a step that is broken off has drawn nothing
     batch = pool.draw(chance, recipe.sessions, recipe.stage(progress.step))
     draws = torch.Generator().manual_seed(int(chance.integers(2**31)))
     params = {name: p.detach().requires_grad_() for name, p in progress.params.items()}
@@ -394,7 +395,7 @@ def load(file: Path) -> tuple[RecallConfig, Recipe, Weights, Progress]:
             {n.removeprefix("moments/"): t for n, t in tensors.items() if n.startswith("moments/")}
         )
         step = int(about["step"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a run of hope train memory: {error}") from error
     params = {n: t for n, t in layer._asdict().items() if n not in FIXED}
     return config, recipe, layer, Progress(step, params, moments, chance)

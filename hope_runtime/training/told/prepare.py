@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +27,27 @@ TALK = 150  # lines of small talk in a shard with facts
 CHATS = 900  # turns of a shard that other people had
 
 
-def config_for(base: HopeConfig, **settings: Any) -> RecallConfig:
+def config_for(base: HopeConfig) -> RecallConfig:
     """Return the configuration that suits a base: it sees a third and two thirds of the way up.
 
+    A base that is narrower than the layer's usual width gets a narrower layer.
+
     >>> from hope_runtime.weights.random import tiny_config
-    >>> config_for(tiny_config()).taps
-    (0, 1)
+    >>> config = config_for(tiny_config())
+    >>> config.taps, config.whitened, config.keys
+    ((0, 1), 96, 96)
     """
-    highest = min(base.stacked().first_level_block if not base.levels else base.first_level_block,
-                  base.blocks) - 1  # fmt: skip
-    upper = max(min(round(base.blocks * 2 / 3), highest), 1)
-    return RecallConfig(taps=(upper // 2, upper), **settings)
+    levels = base if base.levels else base.stacked()
+    upper = max(min(round(base.blocks * 2 / 3), levels.first_level_block - 1), 1)
+    own = min(128, base.width)
+    whitened = own + min(384, 2 * base.width)
+    return RecallConfig(
+        taps=(upper // 2, upper),
+        whitened=whitened,
+        own=own,
+        keys=min(256, whitened),
+        values=min(256, base.width),
+    )
 
 
 def talk() -> list[str]:
@@ -113,8 +123,6 @@ def gathered(
 
 def seen_by(model: Hope, config: RecallConfig) -> Hope:
     """Return the base so that it tells what the layer sees."""
-    from copy import copy
-
     twin = copy(model)
     twin.config = replace(model.config, recall=config)
     return twin

@@ -135,7 +135,7 @@ def _some(rng: Generator, of: Sequence[str], count: int) -> list[str]:
 
 
 def _turn(rng: Generator, what: What, kind: Kind, template: str, value: str, held: bool) -> Plan:
-    answer = kind.answers[int(rng.random() < 0.2)]
+    answer = kind.answers[min(int(rng.random() < 0.2), len(kind.answers) - 1)]
     if what is What.ASK:
         text = _framed(rng, _QUESTIONS, template, 0.25)
         return Plan(what, text, answer.replace("{}", value), value, kind.name, held)

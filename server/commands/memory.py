@@ -1,0 +1,300 @@
+"""`hope eval memory`: is what people tell still known later, from memory alone? Asked as users do.
+
+A server of its own is started, with an embedded store. People tell it their facts, chat goes on,
+the server is killed and started again, and each fact is asked for in a fresh window, every time
+from the same state.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.commands.serving import Server
+from server.commands.terminal import Refusal, err, out, progress, stopped, table
+from server.commands.trials import chats_of, keep, writable
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    from clients.sync import Hope
+    from hope_runtime.evaluation.told import Fact, Person
+    from hope_runtime.training.corpora import Chat
+    from hope_runtime.training.told import Kind
+
+CONTENDERS = ("memory", "nothing", "context", "retrieval")
+_AT_ONCE = 8  # people who talk at the same time
+_ANSWER = 32  # tokens
+_ACKNOWLEDGED = 16  # tokens of the reply to what is told
+_PIECE = 8  # lines of other people's chat in a turn
+_BEST = 3  # sentences that the rival puts into the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is asked of the model."""
+
+    part: str
+    facts: int
+    filler: int  # tokens of chat between telling and asking
+    changing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was asked, and what was said to it."""
+
+    contender: str
+    person: int
+    kind: str
+    question: str
+    value: str | None  # None: it was never told
+    changed: bool
+    said: str
+    verdict: str
+
+
+def memory(
+    data: Path | None,
+    parts: Sequence[str],
+    facts: Sequence[int],
+    fillers: Sequence[int],
+    changing: bool,
+    contenders: Sequence[str],
+    users: int,
+    seed: int,
+    kinds: Path | None,
+    model: str,
+    layer: str,
+    arguments: Sequence[str],
+    to: Path | None,
+    show: int,
+) -> None:
+    """Ask, show and keep."""
+    from hope_runtime.evaluation.told import Part
+
+    writable(to)
+    if unknown := sorted({*parts} - {*map(str, Part)}):
+        raise Refusal(f"--part {unknown[0]!r}: there are {', '.join(Part)}")
+    if unknown := sorted({*contenders} - {*CONTENDERS}):
+        raise Refusal(f"--contender {unknown[0]!r}: there are {', '.join(CONTENDERS)}")
+    if str(Part.FRESH) in parts and kinds is None:
+        raise Refusal("--part fresh asks with phrasings of yours: name their file with --kinds")
+    rows = [
+        Row(part, count, filler, changing)
+        for part in parts
+        for count in facts
+        for filler in fillers
+    ]
+    people = {row: _people(row, users, seed, kinds) for row in rows}
+    chats = chats_of(data)
+    found: list[dict[str, Any]] = []
+    total = sum(2 * row.facts * users * len(contenders) for row in rows)
+    try:
+        with progress(total) as report:
+            done = 0
+            for row in rows:
+                answers: list[Answer] = []
+
+                def heard(answer: Answer, row: Row = row, answers: list[Answer] = answers) -> None:
+                    nonlocal done
+                    done += 1
+                    answers.append(answer)
+                    report(_about(row), done)
+
+                report(_about(row), done)
+                served = ["--model", model, "--memory-layer", layer, *arguments]
+                _row(row, people[row], chats, contenders, seed, served, heard)
+                found.append({**asdict(row), "seed": seed, "answers": [asdict(a) for a in answers]})
+                keep(to, found)
+    except KeyboardInterrupt:
+        _show(found, contenders)
+        raise stopped() from None
+    _show(found, contenders)
+    for kept in found:
+        for each in kept["answers"][:show]:
+            err.print(f"{each['verdict']:8} {each['question']} -> {each['said']} ({each['value']})")
+
+
+def _people(row: Row, users: int, seed: int, file: Path | None) -> list[Person]:
+    import numpy as np
+
+    from hope_runtime.evaluation.told import Part, draw, usable
+    from hope_runtime.training.told import kinds, read
+
+    try:
+        known: Sequence[Kind] = read([file]) if file else kinds()
+        left = usable(known, Part(row.part))
+        return [
+            draw(np.random.default_rng([seed, user]), left, row.facts, changing=row.changing)
+            for user in range(users)
+        ]
+    except (OSError, ValueError) as error:
+        raise Refusal(str(error)) from error
+
+
+def _row(
+    row: Row,
+    people: Sequence[Person],
+    chats: Sequence[Chat],
+    contenders: Sequence[str],
+    seed: int,
+    arguments: Sequence[str],
+    heard: Callable[[Answer], None],
+) -> None:
+    """Let everybody tell, kill the server, start it again, and ask everybody's questions."""
+    from clients.sync import Hope
+
+    with (
+        tempfile.TemporaryDirectory(prefix="hope-eval-") as folder,
+        Server(Path(folder), [*arguments, "--lanes", str(_AT_ONCE)]) as server,
+        ThreadPoolExecutor(_AT_ONCE) as threads,
+    ):
+        if "memory" in contenders:
+            with Hope(server.url) as hope:
+                told = [
+                    threads.submit(_tell, hope, i, person, _filler(chats, row.filler, seed, i))
+                    for i, person in enumerate(people)
+                ]
+                for each in told:
+                    each.result()
+            server.kill()
+            server.start()
+        with Hope(server.url) as hope:
+            asked = [
+                threads.submit(_answer, hope, contender, i, person, question, fact)
+                for contender in contenders
+                for i, person in enumerate(people)
+                for question, fact in _questions(person)
+            ]
+            for one in asked:
+                heard(one.result())
+
+
+def _questions(person: Person) -> Iterator[tuple[str, Fact | str]]:
+    for fact in person.facts:
+        yield fact.asked, fact
+    for kind, question in person.untold:
+        yield question, kind
+
+
+def _filler(chats: Sequence[Chat], tokens: int, seed: int, person: int) -> list[Chat]:
+    """Draw chats that other people had: about so many tokens, at four characters each."""
+    import numpy as np
+
+    rng = np.random.default_rng([seed, person, 1])
+    found: list[Chat] = []
+    left = 4 * tokens
+    while left > 0:
+        chat = chats[int(rng.integers(len(chats)))]
+        for start in range(0, len(chat) - len(chat) % 2, _PIECE):
+            piece = chat[start : start + _PIECE]
+            found.append(piece)
+            left -= sum(len(line.text) + 28 for line in piece)  # with the markup around each
+            if left <= 0:
+                break
+    return found
+
+
+def _tell(hope: Hope, number: int, person: Person, filler: Sequence[Chat]) -> None:
+    """Tell every fact in a turn of its own, what changes last; then let others chat."""
+    from server.wire import InputMessage
+
+    session = hope.session(f"person-{number}")
+    turns = [text for fact in person.facts for text in fact.told[:1]]
+    turns += [text for fact in person.facts for text in fact.told[1:]]
+    for text in turns:
+        session.ask(text, max_output_tokens=_ACKNOWLEDGED)
+    for piece in filler:
+        said = [
+            InputMessage.model_validate({"role": line.role, "content": line.text}) for line in piece
+        ]
+        if said[-1].role == "assistant":
+            said = said[:-1]
+        session.ask(said, max_output_tokens=1)
+
+
+def _answer(
+    hope: Hope, contender: str, number: int, person: Person, question: str, about: Fact | str
+) -> Answer:
+    from hope_runtime.evaluation.told import judge, retrieve
+    from server.wire import Mode
+
+    told = [text for fact in person.facts for text in fact.told[:1]]
+    told += [text for fact in person.facts for text in fact.told[1:]]
+    session = hope.session(f"person-{number}")
+    options: dict[str, Any] = {"max_output_tokens": _ANSWER, "temperature": 0.0}
+    if contender == "memory":
+        reply = session.ask(question, mode=Mode.READ_ONLY, window="fresh", **options)
+    else:
+        known = {
+            "nothing": [],
+            "context": told,
+            "retrieval": retrieve(question, told, _BEST),
+        }[contender]
+        lines = "".join(f"- {text}\n" for text in known)
+        text = f"What I told you before:\n{lines}\n{question}" if lines else question
+        reply = session.ask(text, mode=Mode.OFF, **options)
+    fact = None if isinstance(about, str) else about
+    return Answer(
+        contender,
+        number,
+        about if isinstance(about, str) else about.kind,
+        question,
+        fact.value if fact else None,
+        bool(fact and fact.changed),
+        reply.text,
+        str(judge(reply.text, person, fact)),
+    )
+
+
+# --- shown ------------------------------------------------------------------------------------
+
+
+def _about(row: Row) -> str:
+    changed = ", half of them changed" if row.changing else ""
+    return f"{row.facts} facts{changed}, {row.filler:,} tokens later, {row.part}"
+
+
+_COLUMNS = ("row", "contender", "right", "95 %", "wrong", "changed", "untold kept", "95 %", "n")
+
+
+def _show(found: Sequence[dict[str, Any]], contenders: Sequence[str]) -> None:
+    rows = []
+    for kept in found:
+        row = Row(**{name: kept[name] for name in ("part", "facts", "filler", "changing")})
+        for contender in contenders:
+            answers = [Answer(**a) for a in kept["answers"] if a["contender"] == contender]
+            rows.append((_about(replace(row)), contender, *_figures(answers)))
+    out.print(table(_COLUMNS, rows))
+
+
+def _figures(answers: Sequence[Answer]) -> tuple[str, ...]:
+    from hope_runtime.evaluation.told import interval
+
+    told = [each for each in answers if each.value is not None]
+    changed = [each for each in told if each.changed]
+    untold = [each for each in answers if each.value is None]
+
+    def right(of: Sequence[Answer], verdict: str = "right") -> int:
+        return sum(each.verdict == verdict for each in of)
+
+    def share(count: int, of: Sequence[Answer]) -> str:
+        return f"{count / len(of):.1%}" if of else "-"
+
+    def between(count: int, of: Sequence[Answer]) -> str:
+        low, high = interval(count, len(of))
+        return f"{low:.0%} to {high:.0%}"
+
+    kept = right(untold, "unknown")
+    return (
+        share(right(told), told),
+        between(right(told), told),
+        share(right(told, "wrong"), told),
+        share(right(changed), changed),
+        share(kept, untold),
+        between(kept, untold),
+        f"{len(told)} + {len(untold)}",
+    )

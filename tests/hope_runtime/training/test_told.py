@@ -1,0 +1,224 @@
+"""Facts that people tell: their words, the turns made of them, and the training of a layer."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hope_runtime.layers.recall import NOTHING
+from hope_runtime.model import Hope
+from hope_runtime.training.told import (
+    Kind,
+    held_out_kind,
+    held_out_phrase,
+    held_out_value,
+    kinds,
+    learn,
+    prepare,
+    read,
+)
+from hope_runtime.training.told.drawing import Pool, Stage
+from hope_runtime.training.told.features import Features
+from hope_runtime.training.told.turns import What, conversations, plan
+from hope_runtime.weights.random import random_checkpoint, tiny_config
+
+KINDS = tuple(
+    Kind(
+        name,
+        ("Rex", "Max", "Bella", "Luna", "Oscar", "Zorro", "Ada", "Bob", "Fay", "Gus"),
+        (f"My {name} is {{}}.", f"{{}} is my {name}.", f"I call my {name} {{}}.",
+         f"{{}}, my {name}"),
+        (f"My {name} is now {{}}.",),
+        (f"Who is my {name}?", f"My {name}?", f"Tell me my {name}."),
+        (f"Your {name} is {{}}.",),
+    )
+    for name in ("dog", "cat", "boss", "boat", "town", "aunt")
+)  # fmt: skip
+
+
+# --- the words --------------------------------------------------------------------------------
+
+
+def test_there_are_hundreds_of_kinds_each_in_the_words_of_many():
+    every = kinds()
+    assert len(every) > 350
+    assert sum(len(kind.tells) for kind in every) > 6000
+    for kind in every:
+        assert len(kind.tells) >= 16
+        assert len(kind.asks) >= 12
+        assert len({*kind.tells, *kind.asks}) == len(kind.tells) + len(kind.asks)
+        for template in (*kind.tells, *kind.updates, *kind.answers):
+            assert template.count("{}") == 1, (kind.name, template)
+        assert not any("{" in template for template in kind.asks)
+
+
+def test_some_kinds_some_phrasings_and_some_values_are_kept_from_training():
+    every = kinds()
+    new = [held_out_kind(kind.name) for kind in every]
+    phrases = [held_out_phrase(text) for kind in every for text in (*kind.tells, *kind.asks)]
+    values = [held_out_value(value) for kind in every for value in kind.values]
+    for shares in (new, phrases, values):
+        assert 0.08 < np.mean(shares) < 0.2
+
+
+def test_what_two_files_say_of_a_kind_is_put_together(tmp_path):
+    text = '[[kind]]\nname = "dog"\nvalues = ["Rex"]\ntells = ["{t} {{}}"]\n'
+    text += "updates = []\nasks = []\nanswers = []\n"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.toml").write_text(text.replace("{t}", name).replace("{{}}", "{}"))
+    [kind] = read(sorted(tmp_path.glob("*.toml")))
+    assert kind.tells == ("one {}", "two {}")
+    (tmp_path / "bad.toml").write_text("[[kind]]\nname = 3")
+    with pytest.raises(ValueError, match=r"bad\.toml: not a file of kinds"):
+        read([tmp_path / "bad.toml"])
+
+
+# --- turns ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return random_checkpoint(tiny_config(window=1024))
+
+
+@pytest.fixture(scope="module")
+def said(checkpoint):
+    rng = np.random.default_rng(0)
+    plans = plan(rng, KINDS, 4)
+    idle = [replace(plans[0], what=What.TALK, text=f"How are you, {i}?", kind="") for i in range(9)]
+    return list(conversations(rng, [*plans, *idle], checkpoint.tokenizer, 300))
+
+
+def test_the_tokens_of_a_value_are_marked_where_it_is_told_and_answered(said, checkpoint):
+    found = Counter()
+    for one in said:
+        for turn in one.turns:
+            if turn.plan.what is What.TALK:
+                continue
+            text = checkpoint.tokenizer.decode(one.tokens[turn.first : turn.last].tolist())
+            assert text == turn.plan.value
+            asks = turn.plan.what is What.ASK
+            assert (turn.first > turn.asked) is asks
+            assert bool(one.stated[turn.first]) is not asks
+            found[turn.plan.what] += 1
+    assert len(found) == 3
+
+
+def test_nothing_but_what_the_user_says_is_stated(said, checkpoint):
+    one = said[0]
+    text = checkpoint.tokenizer.decode(one.tokens[one.stated].tolist())
+    assert text == "".join(turn.plan.text for turn in one.turns)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config():
+    return replace(
+        prepare.config_for(tiny_config()), attention=32, heads=4, gate=8, hidden=16, ahead=4
+    )
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, config):
+    return prepare.seen_by(Hope(checkpoint.config, checkpoint.weights), config)
+
+
+@pytest.fixture(scope="module")
+def layer(model, config, said, checkpoint):
+    return prepare.first_layer(model, config, said, checkpoint.tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def features(model, layer, said, tmp_path_factory):
+    file = tmp_path_factory.mktemp("features") / "features-0.safetensors"
+    heard = []
+    made = prepare.gathered(model, layer, said, file, heard.append)
+    assert sum(heard) == sum(len(one.tokens) for one in said)
+    again = prepare.gathered(model, layer, said, file, heard.append)
+    assert torch.equal(made.seen, again.seen)
+    assert made.turns == again.turns
+    return again
+
+
+@pytest.fixture(scope="module")
+def pool(features, layer, config):
+    return Pool(features, KINDS, learn.written_ids(layer, features.tokens), config, held_out=False)
+
+
+def test_features_are_those_of_each_conversation_alone(model, layer, said, features):
+    alone = Features.join([prepare.gather(model, layer, [one]) for one in said[:2]])
+    starts = {turn.plan: turn for turn in features.turns}
+    for turn in alone.turns:
+        other = starts[turn.plan]
+        ours, theirs = alone.seen[turn.start : turn.end], features.seen[other.start : other.end]
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=0.02, rtol=0.02)
+
+
+def test_a_session_asks_for_the_newest_value_and_for_what_was_never_told(pool):
+    batch = pool.draw(np.random.default_rng(1), 6, Stage(facts=(3, 3), filler=(1, 1), changes=0.6))
+    told = {b: set() for b in range(6)}
+    for b in range(6):
+        told[b] = set(batch.tokens[b][batch.told[b]].tolist())
+    for q, session in enumerate(batch.session.tolist()):
+        if batch.known[q]:
+            target = batch.target[q][batch.weight[q] > 1].tolist()
+            assert target
+            assert set(target) <= told[session]
+            assert batch.weight[q, batch.slot[q]] > 1
+        else:
+            assert not (batch.weight[q, batch.slot[q] :] > 0).any()
+    assert batch.known.any()
+    assert not batch.known.all()
+    assert ((batch.target != NOTHING) >= (batch.weight > 0)).all()
+
+
+def test_training_goes_on_after_a_stop_as_if_it_had_not_stopped(
+    pool, layer, config, model, tmp_path
+):
+    recipe = learn.Recipe(steps=4, sessions=3, warmup=1)
+    embedding = model.embedding.float()
+
+    def steps(progress, count):
+        for _ in range(count):
+            progress, found, _ = learn.advance(config, recipe, layer, progress, pool, embedding)
+        return progress, found
+
+    whole, _ = steps(learn.begin(layer, recipe), 4)
+    half, _ = steps(learn.begin(layer, recipe), 2)
+    learn.save(tmp_path / "run.safetensors", config, recipe, layer, half)
+    was, recipe_was, layer_was, half = learn.load(tmp_path / "run.safetensors")
+    assert (was, recipe_was) == (config, recipe)
+    assert torch.equal(layer_was.mean, layer.mean)
+    rest, _ = steps(half, 2)
+    for name, tensor in whole.params.items():
+        assert torch.equal(tensor, rest.params[name]), name
+    (tmp_path / "bad").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not a run of hope train memory"):
+        learn.load(tmp_path / "bad")
+
+
+def test_a_layer_learns_to_copy_what_it_was_told(pool, layer, config, model):
+    """Only the fast memory can know the answer: values are drawn anew for every session."""
+    recipe = learn.Recipe(steps=60, sessions=8, rate=3e-3, warmup=5, noise=0.0, dropout=0.0)
+    embedding = model.embedding.float()
+    stage = Stage(facts=(2, 2), filler=(0, 0), changes=0.0, renamed=0.0)
+
+    def judged(weights, *, told=True):
+        batch = pool.draw(np.random.default_rng(5), 12, stage)
+        values = batch.weight * (batch.weight > 1)  # of answers, the values alone
+        batch = batch._replace(stated=batch.stated & told, weight=values)
+        found = learn.losses(config, weights, batch, embedding, torch.Generator().manual_seed(0))
+        return float(found.answers.detach())
+
+    progress = learn.begin(layer, recipe)
+    before = judged(learn.trained(layer, progress))
+    for _ in range(recipe.steps):
+        progress, _, _ = learn.advance(config, recipe, layer, progress, pool, embedding)
+    after = judged(learn.trained(layer, progress))
+    blind = judged(learn.trained(layer, progress), told=False)
+    assert after < 0.6 * before
+    assert after < 0.8 * blind
