@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help install serve weights test test-long faults check fix bench clean
+.PHONY: help install serve demo weights test test-long faults check fix bench clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ install: $(VENV)/.dev ## set up the environment for development
 
 serve: $(VENV)/.serve ## set up what is missing and serve on http://127.0.0.1:8000
 	@exec $(BIN)/hope serve $(ARGS)
+
+demo: $(VENV)/.serve ## tell, read, kill, restart, ask: in under two minutes
+	@exec $(BIN)/hope demo $(ARGS)
 
 weights: $(VENV)/.serve ## fetch the default model into the cache
 	$(BIN)/hope models

@@ -22,6 +22,7 @@ import uvloop
 from rich.logging import RichHandler
 
 from memory_store import SessionKey
+from server.commands.demo import demo
 from server.commands.evaluate import evaluate
 from server.commands.keyring import keyring_commands
 from server.commands.recall import recall
@@ -46,6 +47,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(demo)
 app.add_typer(train, name="train")
 evaluate.command()(recall)
 app.add_typer(evaluate, name="eval")

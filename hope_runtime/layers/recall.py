@@ -139,6 +139,7 @@ class Found(NamedTuple):
 
     change: Tensor  # [width]: to be added to the normed last hidden state
     read: Tensor  # [R], S q
+    query: Tensor  # [N], q
     asks: Tensor  # a logit: the user is asking for something about himself
     slot: Tensor  # a logit: what was asked for comes next
     known: Tensor  # a logit: what was read is it
@@ -329,21 +330,26 @@ def read(weights: Weights, matrix: Tensor, own: Tensor, around: Tensor, valid: T
     """
     seen = local(F.linear(own, weights.reader), around, valid, weights.reader_bias)
     both = torch.cat([own, seen], -1)
-    found = unit(F.linear(both, weights.read_key)) @ matrix.mT
+    query = unit(F.linear(both, weights.read_key))
+    found = query @ matrix.mT
     size = (found.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     mixed = F.linear(both, weights.mix, weights.mix_bias) + F.linear(found, weights.mix_read)
     length = size.log()
     hidden = F.silu(mixed + length * weights.mix_size)
-    strength = 3.0 * F.softplus(F.linear(hidden, weights.strength, weights.strength_bias))
-    change = F.linear(strength * found, weights.output) + F.linear(hidden, weights.adapter)
     sensed = F.linear(
         F.silu(F.linear(both, weights.sense, weights.sense_bias)),
         weights.sense_out,
         weights.sense_out_bias,
     )
+    strength = 3.0 * F.softplus(F.linear(hidden, weights.strength, weights.strength_bias))
+    # the adapter words the answer; at the value's first token memory alone has a say, or it would
+    # learn which values are usual
+    words = torch.sigmoid(-sensed[..., 1:].detach()) * F.linear(hidden, weights.adapter)
+    change = F.linear(strength * found, weights.output) + words
     return Found(
         change=weights.gain * change,
         read=found,
+        query=query,
         asks=sensed[..., 0],
         slot=sensed[..., 1],
         known=(F.linear(hidden, weights.known, weights.known_bias) + length * weights.known_size)[

@@ -32,14 +32,16 @@ class Stage:
     facts: tuple[int, int]
     filler: tuple[int, int]  # turns in between
     changes: float = 0.25  # share of facts that are told anew
-    renamed: float = 0.3  # share of facts whose value's tokens are replaced by any others
+    renamed: float = 0.7  # share of facts whose value's tokens are replaced by any others
 
 
 STAGES = (
     Stage(facts=(1, 3), filler=(0, 2), changes=0.1),
-    Stage(facts=(2, 6), filler=(1, 8)),
-    Stage(facts=(2, 12), filler=(2, 16)),
-    Stage(facts=(2, 16), filler=(2, 24)),
+    Stage(facts=(2, 6), filler=(1, 6)),
+    Stage(facts=(2, 10), filler=(1, 8)),
+    Stage(
+        facts=(2, 16), filler=(1, 8)
+    ),  # what is not written at all makes no distance: see `floor`
 )
 
 
@@ -58,6 +60,8 @@ class Drawn(NamedTuple):
     target: Tensor  # [Q, P]: the next token; NOTHING where there is none to learn
     weight: Tensor  # [Q, P]
     slot: Tensor  # [Q]: the place whose next token is the value's first
+    place: Tensor  # [Q]: where the value's first token was told; 0 where it was not
+    kind: Tensor  # [Q]: a number of the fact's kind
     known: Tensor  # [Q]: whether it was told
     talk: Tensor  # [S, W, Z]: contexts that end where a reply to no question starts
     talk_valid: Tensor  # [S, W]
@@ -104,6 +108,7 @@ class Pool:
             if (kind, value) in self._asks:
                 self._values[kind].append(value)
         self.kinds = sorted(self._values)
+        self._number = {kind: number for number, kind in enumerate(self.kinds)}
         self._family: dict[str, list[str]] = {}
         by_values: dict[tuple[str, ...], list[str]] = defaultdict(list)
         named = {kind.name: kind for kind in kinds}
@@ -162,7 +167,7 @@ class Pool:
             _one(rng, self._asks[kind, _one(rng, self._values[kind])])
             for kind in self._strangers(rng, chosen, min(CONTRASTS, 1 + count))
         ]
-        return _Session(stream, [ask for _, ask in asked], unknown, renamed)
+        return _Session(stream, asked, unknown, renamed)
 
     def _kinds(self, rng: Generator, count: int) -> list[str]:
         """Draw kinds; now and then some of one family, which are easily confused."""
@@ -199,6 +204,7 @@ class Pool:
         seen = torch.zeros(*shape, config.whitened)
         tokens = torch.zeros(shape, dtype=torch.int64)
         valid, stated, told = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+        told_at: dict[tuple[int, int], int] = {}
         for b, session in enumerate(sessions):
             at = 0
             for turn in session.stream:
@@ -210,6 +216,7 @@ class Pool:
                 if turn.plan.what in {What.TELL, What.CHANGE}:
                     first, last = at + turn.first - turn.start, at + turn.last - turn.start
                     told[b, first:last] = True
+                    told_at[b, turn.start] = first
                     for id, other in session.renamed.get(turn.start, {}).items():
                         part = tokens[b, first:last]
                         tokens[b, first:last] = torch.where(
@@ -217,10 +224,9 @@ class Pool:
                         )
                 at += turn.end - turn.start
         asks = [
-            (b, turn, known)
+            (b, turn, tell)
             for b, session in enumerate(sessions)
-            for known, turns in ((True, session.asked), (False, session.unknown))
-            for turn in turns
+            for tell, turn in (*session.asked, *((None, turn) for turn in session.unknown))
         ]
         most = max(turn.end - 2 - turn.asked for _, turn, _ in asks)
         around = torch.zeros(len(asks), context - 1 + most, config.whitened)
@@ -229,7 +235,7 @@ class Pool:
         target = torch.full((len(asks), most), NOTHING)
         weight = torch.zeros(len(asks), most)
         slot = torch.zeros(len(asks), dtype=torch.int64)
-        for q, (b, turn, known) in enumerate(asks):
+        for q, (b, turn, tell) in enumerate(asks):
             places = turn.end - 2 - turn.asked  # the last of them says that the reply ends
             begin = max(int(data.since[turn.asked]), turn.asked - context + 1)
             at = context - 1 - (turn.asked - begin)
@@ -241,7 +247,7 @@ class Pool:
             weight[q, :places] = 0.5
             first, last = turn.first - 1 - turn.asked, turn.last - 1 - turn.asked
             slot[q] = first
-            if known:
+            if tell is not None:
                 weight[q, first:last] = 2.0
                 for id, other in sessions[b].renamed.get(turn.start, {}).items():
                     was = data.tokens[turn.first : turn.last] == id
@@ -252,7 +258,10 @@ class Pool:
         return Drawn(
             seen, tokens, valid, stated, told,
             torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, target, weight,
-            slot, torch.tensor([known for _, _, known in asks]), talk, talk_valid,
+            slot,
+            torch.tensor([0 if tell is None else told_at[b, tell.start] for b, _, tell in asks]),
+            torch.tensor([self._number[turn.plan.kind] for _, turn, _ in asks]),
+            torch.tensor([tell is not None for _, _, tell in asks]), talk, talk_valid,
         )  # fmt: skip
 
     def _contexts(self, rng: Generator, count: int) -> tuple[Tensor, Tensor]:
@@ -274,7 +283,7 @@ class Pool:
 @dataclass(frozen=True, slots=True)
 class _Session:
     stream: list[Turn]
-    asked: list[Turn]
+    asked: list[tuple[Turn, Turn]]  # where it was told, and the question
     unknown: list[Turn]
     renamed: dict[int, dict[int, int]]  # by a turn's start: tokens, and what they become
 

@@ -70,7 +70,7 @@ def calibrated(
 def _known(
     config: RecallConfig, weights: recall.Weights, batch: Drawn, embedding: Tensor
 ) -> Tensor:
-    matrix, _ = remember(config, weights, batch, embedding)
+    matrix, _, _ = remember(config, weights, batch, embedding)
     context = config.behind + config.ahead
     found = recall.read(
         weights,

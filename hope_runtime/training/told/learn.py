@@ -29,13 +29,15 @@ from hope_runtime.config import RecallConfig
 from hope_runtime.layers import recall
 from hope_runtime.layers.recall import NOTHING, Weights
 from hope_runtime.ops import optimisers
+from hope_runtime.ops.collapsed import unit
 from hope_runtime.ops.optimisers import OptimiserState
 from hope_runtime.training.told.drawing import STAGES, Drawn, Pool, Stage
 
 FIXED = ("mean", "scale", "basis", "token_mean", "token_basis", "gain", "spaced", "opens")
 Noise = Callable[[Tensor], Tensor]
+TEMPERATURE = 0.1
 OTHERS = 1500  # tokens that no answer of a batch needs, among which it has to be found
-MARGIN = 4.0  # of what may be read for a fact that was never told
+MISSED = 4.0  # how much worse it is not to write a value than to write what is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,7 @@ class Losses(NamedTuple):
     sense: Tensor
     known: Tensor
     contrast: Tensor
+    match: Tensor
     copied: float  # share of known values whose tokens are all right, among the batch's tokens
 
     @property
@@ -190,6 +193,7 @@ class Losses(NamedTuple):
             + 0.3 * self.sense
             + 0.5 * self.known
             + 0.2 * self.contrast
+            + 0.3 * self.match
         )
 
 
@@ -218,10 +222,12 @@ def losses(
         return x * kept + noise * torch.randn(x.shape, generator=chance)
 
     kept = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
-    matrix, gate = remember(config, weights, batch, embedding, noisy)
+    matrix, gate, both = remember(config, weights, batch, embedding, noisy)
     judged = batch.stated & batch.valid
     labels = batch.told.float()
-    gate_loss = F.binary_cross_entropy_with_logits(gate[judged], labels[judged])
+    gate_loss = F.binary_cross_entropy_with_logits(
+        gate[judged], labels[judged], pos_weight=torch.tensor(MISSED)
+    )
 
     context = config.behind + config.ahead
     around = noisy(batch.around)
@@ -270,7 +276,27 @@ def losses(
     asks = torch.cat([found.asks[:, 0], talk.asks[:, 0]])
     asked = torch.cat([torch.ones(len(found.asks)), torch.zeros(len(talk.asks))])
     ask_loss = F.binary_cross_entropy_with_logits(asks, asked)
-    return Losses(answers, gate_loss, slot_loss + ask_loss, known_loss, contrast, copied)
+    match = _match(
+        found.query[rows, batch.slot],
+        unit(F.linear(both[batch.session, batch.place], weights.write_key)),
+        batch,
+    )
+    return Losses(answers, gate_loss, slot_loss + ask_loss, known_loss, contrast, match, copied)
+
+
+def _match(queries: Tensor, keys: Tensor, batch: Drawn) -> Tensor:
+    """Return how hard it is to tell, by a question's query, which of all facts it asks for.
+
+    InfoNCE (arXiv 1807.03748) over the facts of a batch, those of the same kind left out: what
+    memory recalls is a sum over all keys, and a query has to be near to its own only.
+    """
+    known = batch.known.nonzero()[:, 0]
+    kinds = batch.kind[known]
+    likeness = queries[known] @ keys[known].T / TEMPERATURE
+    own = torch.eye(len(known), dtype=torch.bool)
+    likeness = likeness.masked_fill((kinds[:, None] == kinds) & ~own, recall.HIDDEN)
+    place = torch.arange(len(known))
+    return F.cross_entropy(likeness, place) if len(known) else queries.sum() * 0.0
 
 
 def _fast() -> torch.autocast:
@@ -284,8 +310,8 @@ def remember(
     batch: Drawn,
     embedding: Tensor,
     noisy: Noise = lambda x: x,
-) -> tuple[Tensor, Tensor]:
-    """Return the memories of a batch's sessions, [B, R, N], and the gates of their tokens."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sessions' memories [B, R, N], tokens' gates, and what their keys are made of."""
     tokens = batch.seen.shape[1] - config.ahead
     recent = F.pad(noisy(batch.seen), (0, 0, config.behind, 0))
     valid = F.pad(batch.valid, (config.behind, 0))
@@ -298,10 +324,11 @@ def remember(
     count = max(int((rate > 0).sum(1).max()), 1)
     order = (rate > 0).int().sort(dim=1, descending=True, stable=True).indices[:, :count]
     rows = torch.arange(len(rate))[:, None]
-    both, names = found.both.float()[rows, order], names[rows, order]
-    chosen = recall.writes(weights, both, rate[rows, order], embedding[names])
+    both, names = found.both.float(), names[rows, order]
+    chosen = recall.writes(weights, both[rows, order], rate[rows, order], embedding[names])
     start = torch.zeros(len(rate), config.values, config.keys)
-    return recall.store(weights, start, chosen), F.pad(found.gate.float(), (0, config.ahead))
+    gate = F.pad(found.gate.float(), (0, config.ahead))
+    return recall.store(weights, start, chosen), gate, both
 
 
 def _vocabulary(targets: Tensor, size: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def config_for(base: HopeConfig) -> RecallConfig:
         taps=(upper // 2, upper),
         whitened=whitened,
         own=own,
-        keys=min(256, whitened),
+        keys=min(512, whitened),
         values=min(256, base.width),
     )
 
