@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from hope_runtime.training.told import Kind, learn
     from hope_runtime.training.told.drawing import Pool
 
+_KEPT = 8  # kinds with something to judge by; fewer say nothing
 _SAVE_EVERY = 50  # steps
 _LOOK_EVERY = 100  # steps between two looks at facts that are kept from training
 
@@ -85,7 +86,8 @@ def _memory(to: Path, asked: dict[str, Any]) -> None:
     if not model.config.attention_blocks or model.config.memory_blocks:
         raise Refusal(f"--base {asked['base']}: its blocks remember by themselves")
     known = told.read(asked["kinds"]) if asked["kinds"] else told.kinds()
-    chats = read_chats(asked["data"] or shipped("hope-nano") / "chats.jsonl").train
+    found = read_chats(asked["data"] or shipped("hope-nano") / "chats.jsonl")
+    chats = found.train or found.valid
     to.mkdir(parents=True, exist_ok=True)
     recipe = learn.Recipe(
         steps=asked["steps"], sessions=asked["sessions"], rate=asked["rate"], seed=asked["seed"]
@@ -147,11 +149,14 @@ def _pools(
             bar.update(task, completed=sum(len(s.tokens) for done in rounds[: i + 1] for s in done))
     features = Features.join(parts)
     written = learn.written_ids(layer, features.tokens)
-    pools = (
-        Pool(features, kinds, written, config, held_out=False),
-        Pool(features, kinds, written, config, held_out=True),
-    )
-    return config, layer, pools
+    ours = Pool(features, kinds, written, config, held_out=False)
+    theirs = Pool(features, kinds, written, config, held_out=True)
+    if not ours.kinds:
+        raise Refusal("no fact can be told and asked for; give more kinds, or more values to each")
+    if len(theirs.kinds) < _KEPT:
+        err.print("so few kinds that too little is kept from training: they judge the layer, too")
+        theirs = ours
+    return config, layer, (ours, theirs)
 
 
 def _begun(

@@ -63,7 +63,10 @@ def calibrated(
     for _ in range(2 * BATCHES):
         batch = pool.draw(rng, SESSIONS, _STAGE)
         untold.append(_known(config, weights, batch, embedding)[~batch.known])
-    knows = float(torch.cat(untold).quantile(1.0 - INVENTED))
+    seen = torch.cat(untold)
+    if not len(seen):
+        return config
+    knows = float(seen.quantile(1.0 - INVENTED))
     return replace(config, knows=round(knows, 3))
 
 

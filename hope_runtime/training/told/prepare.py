@@ -71,7 +71,7 @@ def shard(
     found = list(conversations(rng, [*asks, *idle[:cut]], tokenizer, LENGTH))
     found += conversations(rng, [*tells, *idle[cut:]], tokenizer, LENGTH)
     for one in _excerpts(rng, chats):
-        found += conversations(rng, one, tokenizer, 10**9)
+        found += conversations(rng, one, tokenizer, LENGTH)
     return found
 
 

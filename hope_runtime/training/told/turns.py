@@ -167,14 +167,14 @@ def _framed(rng: Generator, frames: Sequence[str], text: str, share: float) -> s
 def conversations(
     rng: Generator, plans: Sequence[Plan], tokenizer: Tokenizer, length: int
 ) -> Iterator[Said]:
-    """Shuffle turns into conversations of about `length` tokens."""
-    order = rng.permutation(len(plans))
+    """Shuffle turns into conversations; one of more than `length` tokens is a single turn."""
     builder = _Builder(tokenizer)
-    for i in order:
-        builder.add(plans[i])
-        if len(builder) >= length:
+    for i in rng.permutation(len(plans)):
+        longer = builder.with_turn(plans[i])
+        if len(longer) > length and len(builder):
             yield builder.said()
-            builder = _Builder(tokenizer)
+            longer = _Builder(tokenizer).with_turn(plans[i])
+        builder = longer
     if len(builder):
         yield builder.said()
 
@@ -188,6 +188,14 @@ class _Builder:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def with_turn(self, plan: Plan) -> _Builder:
+        """Return the conversation with one more turn; this one stays as it is."""
+        longer = _Builder(self._tokenizer)
+        longer._tokens, longer._stated = [*self._tokens], [*self._stated]
+        longer._turns = [*self._turns]
+        longer.add(plan)
+        return longer
 
     def add(self, plan: Plan) -> None:
         tokenizer, start = self._tokenizer, len(self._tokens)

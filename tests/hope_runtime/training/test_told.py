@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from hope_runtime import weights
+from hope_runtime.layers import recall
 from hope_runtime.layers.recall import NOTHING
 from hope_runtime.model import Hope
 from hope_runtime.training.told import (
@@ -222,3 +224,27 @@ def test_a_layer_learns_to_copy_what_it_was_told(pool, layer, config, model):
     blind = judged(learn.trained(layer, progress), told=False)
     assert after < 0.6 * before
     assert after < 0.8 * blind
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_a_base_of_another_family_can_have_a_layer(family, hf_directory, said):
+    checkpoint = weights.read(hf_directory(family, num_hidden_layers=4))
+    bare = Hope(checkpoint.config.stacked(), checkpoint.weights)
+    config = prepare.config_for(bare.config)
+    base = prepare.seen_by(bare, config)
+    first = prepare.first_layer(base, config, said[:2], checkpoint.tokenizer, 0)
+    features = prepare.gather(base, first, said)
+    written = learn.written_ids(first, features.tokens)
+    pool = Pool(features, KINDS, written, config, held_out=False)
+    recipe = learn.Recipe(steps=2, sessions=2)
+    progress = learn.begin(first, recipe)
+    progress, _, _ = learn.advance(config, recipe, first, progress, pool, base.embedding.float())
+    layer = learn.trained(first, progress)
+    tensors = {recall.NAME + name: tensor for name, tensor in layer._asdict().items()}
+    model = Hope(replace(bare.config, recall=config), {**checkpoint.weights, **tensors})
+    held = model.no_facts(1)
+    ids = torch.from_numpy(said[0].tokens[None, :100])
+    start = torch.zeros(1, dtype=torch.int64)
+    read = model.run(model.embed(ids), start, model.nothing(1), [{}])
+    after = model.state_facts(held, read, ids, torch.ones_like(ids, dtype=torch.bool), None)
+    assert after.matrix.any()

@@ -1,0 +1,125 @@
+"""`hope train memory` and `hope eval memory`, as a person types them, for a tiny random base."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from hope_runtime.weights.memory_layer import read_layer
+from server.cli import app
+from server.loading import load
+from server.settings import Settings
+
+ENV = {"COLUMNS": "200", "TERM": "dumb", "HOPE_DTYPE": "float32", "HOPE_EVAL_DATA": ""}
+KIND = """
+[[kind]]
+name = "{name}"
+values = ["Rex", "Max", "Bella", "Luna", "Oscar", "Zorro", "Ada", "Bob", "Fay", "Gus"]
+tells = ["My {name} is {{}}.", "{{}} is my {name}.", "I call my {name} {{}}.", "{{}}, my {name}."]
+updates = ["Now my {name} is {{}}."]
+asks = ["Who is my {name}?", "My {name}?", "Tell me about my {name}.", "{name}?"]
+answers = ["Your {name} is {{}}."]
+"""
+
+
+def typed(*args):
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        return CliRunner().invoke(app, [*map(str, args)], env=ENV)
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    file = tmp_path_factory.mktemp("kinds") / "kinds.toml"
+    names = ("dog", "cat", "boss", "boat", "town", "aunt", "song", "hero")
+    file.write_text("".join(KIND.format(name=name) for name in names))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(kinds, tmp_path_factory):
+    to = tmp_path_factory.mktemp("layer") / "made"
+    done = trains(to, kinds)
+    assert done.exit_code == 0, done.output
+    assert f"--memory-layer {to}" in done.stdout
+    return to
+
+
+def trains(to, kinds, *more, steps=3):
+    small = ("--rounds", "1", "--sessions", "2", "--threads", "1", "--steps", steps)
+    usual = ("train", "memory", "--base", "random", "--kinds", kinds, "--out", to)
+    return typed(*usual, *small, *more)
+
+
+def test_a_layer_is_made_that_serves(trained):
+    asked = {"model": "random", "threads": 1, "memory_layer": str(trained)}
+    card, model, _, _ = load(Settings(**asked), lambda said: None)
+    assert model.recall is not None
+    assert model.config.recall.digest == read_layer(trained).config.digest
+    assert card.fingerprint.startswith(read_layer(trained).base)
+    [note] = [json.loads(line) for line in (trained / "curve.jsonl").read_text().splitlines()]
+    assert note["step"] == 3
+    assert 0.0 <= note["held_out"]["apart"] <= 1.0
+
+
+def test_a_run_goes_on_from_where_it_was_to_the_same_layer(trained, kinds, tmp_path):
+    assert trains(tmp_path / "made", kinds, steps=3).exit_code == 0
+    ours = load_file(tmp_path / "made" / "layer.safetensors")
+    theirs = load_file(trained / "layer.safetensors")
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    again = trains(tmp_path / "made", kinds, "--rate", "0.5")
+    assert again.exit_code == 1
+    assert "a run with another recipe" in again.stderr
+    less = trains(tmp_path / "made", kinds, steps=2)
+    assert less.exit_code == 1
+    assert "at step 3 already, beyond --steps 2" in less.stderr
+
+
+def test_a_base_that_remembers_by_itself_is_refused(kinds, tmp_path):
+    done = typed("train", "memory", "--base", "random-native", "--kinds", kinds, "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "--base random-native: its blocks remember by themselves" in done.stderr
+
+
+def test_what_is_no_file_of_kinds_is_refused(tmp_path):
+    (tmp_path / "kinds.toml").write_text("[[kind]]\n")
+    done = trains(tmp_path / "made", tmp_path / "kinds.toml")
+    assert done.exit_code == 1
+    assert "kinds.toml: not a file of kinds of facts" in done.stderr
+
+
+def test_people_are_asked_through_a_server_that_was_killed(trained, kinds, tmp_path):
+    to = tmp_path / "memory.json"
+    done = typed(
+        *("eval", "memory", "--model", "random", "--memory-layer", trained, "--kinds", kinds),
+        *("--part", "fresh", "--users", 2, "--facts", 2, "--filler", 60, "--changing"),
+        *("--serve", "--threads", "--serve", "1", "--out", to, "--show", 1),
+    )
+    assert done.exit_code == 0, done.output
+    [row] = json.loads(to.read_text())
+    assert {answer["contender"] for answer in row["answers"]} == {
+        "memory", "nothing", "context", "retrieval",
+    }  # fmt: skip
+    assert len(row["answers"]) == 4 * 2 * 4
+    assert "2 facts, half of them changed, 60 tokens later, fresh" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--part", "all"], "--part 'all': there are phrasings"),
+        (["--contender", "mem0"], "--contender 'mem0': there are memory"),
+        (["--part", "fresh"], "name their file with --kinds"),
+        (["--facts", "1000"], "1000 facts cannot be drawn"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_started(args, said):
+    done = typed("eval", "memory", "--model", "random", *args)
+    assert done.exit_code == 1
+    assert said in done.stderr
