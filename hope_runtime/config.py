@@ -15,7 +15,7 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
-from hope_runtime.ops.optimisers import RULES
+from hope_runtime.ops.optimisers import RULES, STATELESS
 
 WINDOW = 1024  # tokens of attention where nothing else is said
 
@@ -92,6 +92,7 @@ class LevelConfig:
     rank: int | None = None  # of each matrix's delta, kept as two thin factors; None: whole
     gate: float = 0.0  # steps are scaled by min(1, surprise / usual surprise) ** gate
     start_rate: float = 0.0  # how fast the start of a nested level is learned
+    lasts: bool = True  # off: what it learned goes with the window that it learned it in
 
     def __post_init__(self) -> None:
         if self.chunk < 2:
@@ -126,10 +127,10 @@ class LevelConfig:
             )
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"level {self.name!r}: rank {self.rank} must be at least 1, or None")
-        if self.rank is not None and self.optimiser != "gradient_descent":
+        if self.rank is not None and self.optimiser not in STATELESS:
             raise ConfigError(
                 f"level {self.name!r}: the moments of {self.optimiser} would be as large as the "
-                "delta that rank makes small; choose gradient_descent, or no rank"
+                f"delta that rank makes small; choose {' or '.join(STATELESS)}, or no rank"
             )
 
     @classmethod

@@ -27,7 +27,7 @@ from hope_runtime.layers.memory import Memories
 from hope_runtime.levels import LevelState, level_of, matrices
 from hope_runtime.model import Hope
 from hope_runtime.ops import low_rank, optimisers
-from hope_runtime.ops.optimisers import OptimiserState
+from hope_runtime.ops.optimisers import STATELESS, OptimiserState
 from hope_runtime.state import Piece, State, between, join, trim
 
 USUAL = 10  # consolidations that a level's usual surprise is the mean of, roughly
@@ -121,7 +121,8 @@ def _update(
         return {name: -(longest * clipped) * g for name, g in gradient.items()}, None
     rule = optimisers.named(level.optimiser)
     short = {name: clipped * g for name, g in gradient.items()}
-    update, moments = rule.update(short, moments or rule.init(delta), delta, rate=longest)
+    update, after = rule.update(short, moments or rule.init(delta), delta, rate=longest)
+    moments = None if level.optimiser in STATELESS else after
     share = min(1.0, longest * level.clip / max(_norm(update.values()), 1e-30))
     return {name: share * u for name, u in update.items()}, moments
 

@@ -44,6 +44,10 @@ class LevelState:
             held |= {f"moments/{name}": t for name, t in flat.items()}
         return held
 
+    def at_base(self) -> LevelState:
+        """Return the level without what it learned; that it did, and when, stays known."""
+        return replace(self, delta={}, start={}, moments=None, movement=0.0, usual=None)
+
     @property
     def bytes(self) -> int:
         return sum(int(tensor.nbytes) for tensor in self.tensors.values())

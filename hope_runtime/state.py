@@ -91,14 +91,20 @@ class State:
         """
         return config if self.own is None else replace(config, levels=self.own)
 
-    def cleared(self) -> State:
+    def cleared(self, config: HopeConfig) -> State:
         """Return the session at the start of a new window: what memory holds, and nothing else.
 
-        A chunk that was begun or waits to be learned goes with the window that it lies in. Of
-        models whose blocks remember there is nothing to clear that is not memory.
+        A chunk that was begun or waits to be learned goes with the window that it lies in, and so
+        does what a level learned that does not last. Of models whose blocks remember there is
+        nothing to clear that is not memory.
         """
+        fleeting = {level.name for level in self.under(config).levels if not level.lasts}
+        levels = {
+            name: level.at_base() if name in fleeting else level
+            for name, level in self.levels.items()
+        }
         return State(
-            levels=self.levels, own=self.own, facts=self.facts, recall_digest=self.recall_digest
+            levels=levels, own=self.own, facts=self.facts, recall_digest=self.recall_digest
         )
 
     @property

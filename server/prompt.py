@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hope_runtime.config import HopeConfig
 from hope_runtime.engine import Turn
 from hope_runtime.state import State
 from hope_runtime.tokenizer import Message, Role, Span, Tokenizer
@@ -17,8 +18,11 @@ RATES = {Role.USER: 1.0, Role.DOCUMENT: 1.0}  # who is learned from; everyone el
 class Prompter:
     """Knows the tokenizer, the longest input, and whether this server learns at all."""
 
-    def __init__(self, tokenizer: Tokenizer, *, most: int, learning: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, config: HopeConfig, *, most: int, learning: bool
+    ) -> None:
         self._tokenizer = tokenizer
+        self._config = config
         self._most = most
         self._learning = learning
 
@@ -41,7 +45,7 @@ class Prompter:
 
     def job(self, id: str, ask: Ask, base: Resident, messages: tuple[Message, ...]) -> Turn:
         """Return what the engine is asked to do (ApiError 413: the input is too long)."""
-        state = base.state.cleared() if ask.fresh else base.state
+        state = base.state.cleared(self._config) if ask.fresh else base.state
         spans = self._spans(state, messages)
         tokens = sum(len(span.ids) for span in spans)
         if tokens > self._most:

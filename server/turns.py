@@ -78,7 +78,9 @@ class Turns:
         self._store = store
         self._residency = residency
         self._tenures = tenures
-        self._prompter = Prompter(tokenizer, most=limits.input_tokens, learning=learning)
+        self._prompter = Prompter(
+            tokenizer, residency.config, most=limits.input_tokens, learning=learning
+        )
         self._metrics = metrics
         self._promised = promised
         self._queues = Queues(limits.waiting)

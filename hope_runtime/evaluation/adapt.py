@@ -25,7 +25,6 @@ from hope_runtime.evaluation.reading import (
     Token,
     conversation,
     document,
-    known,
 )
 from hope_runtime.model import Hope
 from hope_runtime.state import State
@@ -130,7 +129,7 @@ def adapt(
             for then, loss in reader.score(state, source.tokens, learn=True):
                 state, learning = then, learning + loss
                 progress(f"{about}, learning", state.position)
-            after = _losses(reader, known(state), other)
+            after = _losses(reader, state.cleared(reader.model.config), other)
             error = float((after - before).std()) / math.sqrt(len(before))
             moved = {name: level.movement for name, level in state.levels.items()}
             sums = (static, learning, _sum(before), _sum(after))

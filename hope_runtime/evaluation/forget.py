@@ -23,7 +23,6 @@ from hope_runtime.evaluation.reading import (
     Token,
     conversation,
     handed,
-    known,
 )
 from hope_runtime.state import State
 from hope_runtime.tokenizer import Tokenizer
@@ -193,7 +192,7 @@ def forget(
 
 def judged(reader: Reader, probes: Probes, state: State, sessions: int) -> Standing:
     """Judge what a session's levels have made of the model."""
-    levels = known(state)
+    levels = state.cleared(reader.model.config)
     text = reader.judge(levels, probes.text)
     words = [
         bool(reader.judge(levels, tokens).likeliest[-n:].all()) for tokens, n in probes.passages

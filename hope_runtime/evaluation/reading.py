@@ -182,11 +182,6 @@ class Reader:
         return facts
 
 
-def known(state: State) -> State:
-    """Return a session that has learned the same and has read nothing: its window is empty."""
-    return State(levels=state.levels, own=state.own)
-
-
 def _turn(
     id: str, state: State, given: Sequence[tuple[int, float]], *, most: int, learn: bool
 ) -> Turn:

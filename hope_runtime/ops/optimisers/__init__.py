@@ -6,7 +6,7 @@ Each is a frozen dataclass of its hyper-parameters with `init(params) -> state` 
 """
 
 from hope_runtime.ops.optimisers.adam import Adam
-from hope_runtime.ops.optimisers.descent import DeltaGradientDescent, GradientDescent
+from hope_runtime.ops.optimisers.descent import DeltaGradientDescent, GradientDescent, RowDescent
 from hope_runtime.ops.optimisers.interface import (
     Decayed,
     Factors,
@@ -27,11 +27,12 @@ from hope_runtime.ops.optimisers.momentum import (
     PreconditionedMomentum,
 )
 from hope_runtime.ops.optimisers.orthogonal import M3, Muon, PrintedM3, newton_schulz
-from hope_runtime.ops.optimisers.registry import RULES, named
+from hope_runtime.ops.optimisers.registry import RULES, STATELESS, named
 
 __all__ = [
     "M3",
     "RULES",
+    "STATELESS",
     "Adam",
     "Decayed",
     "DeepMomentum",
@@ -48,6 +49,7 @@ __all__ = [
     "Params",
     "PreconditionedMomentum",
     "PrintedM3",
+    "RowDescent",
     "apply",
     "clip_by_norm",
     "flatten",

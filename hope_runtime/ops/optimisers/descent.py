@@ -46,6 +46,43 @@ class GradientDescent:
 
 
 @dataclass(frozen=True, slots=True)
+class RowDescent:
+    """W_i <- W_i - rate G_i / ||G_i|| for each row i (`naive.row_descent`).
+
+    Of all steps whose rows are at most `rate` long, it is the one that lowers the loss most.
+    Every output of a layer moves as far as every other, as under Adam, and nothing is remembered.
+    Rows whose gradient is far below the usual one stay nearly where they are.
+
+    >>> rule = RowDescent()
+    >>> gradient = torch.tensor([[3.0, 4.0], [0.0, -2.0]])
+    >>> updates, _ = rule.update({"w": gradient}, rule.init({}), rate=0.5)
+    >>> updates["w"]
+    tensor([[-0.3000, -0.4000],
+            [-0.0000,  0.5000]])
+    """
+
+    floor: float = 1e-3  # of a row's length, as a share of the root of the rows' mean square
+
+    def init(self, params: Params) -> OptimiserState:
+        return fresh(params)
+
+    def update(
+        self,
+        gradients: Gradients,
+        state: OptimiserState,
+        params: Params | None = None,
+        *,
+        rate: float,
+    ) -> tuple[dict[str, Tensor], OptimiserState]:
+        updates = {}
+        for name, gradient in dense(gradients, state).items():
+            length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+            usual = length.square().mean(-2, keepdim=True).sqrt() if gradient.dim() > 1 else length
+            updates[name] = -rate * gradient / torch.maximum(length, self.floor * usual + 1e-30)
+        return updates, following(state)
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaGradientDescent:
     """Delta gradient descent: what W says of the input is erased as the gradient is written.
 

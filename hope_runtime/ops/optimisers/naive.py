@@ -35,6 +35,12 @@ def proximal_objective(new: Tensor, old: Tensor, gradient: Tensor, rate: float) 
     return (gradient * new).sum() + (new - old).square().sum() / (2.0 * rate)
 
 
+def row_descent(old: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """Return the W' of least <G, W'> with ||W'_i - W_i|| <= rate for every row i, one by one."""
+    rows = zip(old, gradient, strict=True)
+    return torch.stack([row - rate * g / torch.sqrt((g * g).sum()) for row, g in rows])
+
+
 def delta_objective(
     new: Tensor, old: Tensor, inputs: Tensor, targets: Tensor, rate: float
 ) -> Tensor:

@@ -51,6 +51,7 @@ class Drawn(NamedTuple):
     seen: Tensor  # [B, T, Z]
     tokens: Tensor  # [B, T]: what is written of each
     valid: Tensor  # [B, T]
+    heard: Tensor  # [B, T]: valid, and seen by the tokens around
     stated: Tensor  # [B, T]
     told: Tensor  # [B, T]: part of the value of a fact
     session: Tensor  # [Q]: which one a question belongs to
@@ -256,7 +257,7 @@ class Pool:
                 weight[q, first:] = 0.0
         talk, talk_valid = self._contexts(rng, 3 * len(sessions))
         return Drawn(
-            seen, tokens, valid, stated, told,
+            seen, tokens, valid, valid, stated, told,
             torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, target, weight,
             slot,
             torch.tensor([0 if tell is None else told_at[b, tell.start] for b, _, tell in asks]),

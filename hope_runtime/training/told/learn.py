@@ -222,6 +222,7 @@ def losses(
         return x * kept + noise * torch.randn(x.shape, generator=chance)
 
     kept = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
+    batch = _unheard(batch, chance, 2.0 * dropout)
     matrix, gate, both = remember(config, weights, batch, embedding, noisy)
     judged = batch.stated & batch.valid
     labels = batch.told.float()
@@ -299,6 +300,19 @@ def _match(queries: Tensor, keys: Tensor, batch: Drawn) -> Tensor:
     return F.cross_entropy(likeness, place) if len(known) else queries.sum() * 0.0
 
 
+def _unheard(batch: Drawn, chance: torch.Generator, share: float) -> Drawn:
+    """Return a batch in whose context words are missing, so that no single one decides."""
+
+    def some(valid: Tensor) -> Tensor:
+        return valid & (torch.rand(valid.shape, generator=chance) >= share)
+
+    return batch._replace(
+        heard=some(batch.valid),
+        around_valid=some(batch.around_valid),
+        talk_valid=some(batch.talk_valid),
+    )
+
+
 def _fast() -> torch.autocast:
     """Let large products be computed in bfloat16, as a server does with the base."""
     return torch.autocast("cpu", dtype=torch.bfloat16)
@@ -314,7 +328,7 @@ def remember(
     """Return the sessions' memories [B, R, N], tokens' gates, and what their keys are made of."""
     tokens = batch.seen.shape[1] - config.ahead
     recent = F.pad(noisy(batch.seen), (0, 0, config.behind, 0))
-    valid = F.pad(batch.valid, (config.behind, 0))
+    valid = F.pad(batch.heard, (config.behind, 0))
     names = batch.tokens[:, :tokens]
     with _fast():
         found = recall.judged(weights, config, recent, F.linear(recent, weights.context), valid)

@@ -27,6 +27,7 @@ from hope_runtime.ops.optimisers import (
     OptimiserState,
     PreconditionedMomentum,
     PrintedM3,
+    RowDescent,
     apply,
     clip_by_norm,
     flatten,
@@ -153,6 +154,7 @@ def test_half_precision_is_remembered_in_single(name):
 # a rate for each rule, and what may be left of the loss after 200 steps
 LEARNS = {
     "gradient_descent": (0.5, 0.02),
+    "row_descent": (0.05, 0.05),  # steps of one size come no nearer than their size
     "delta_gradient_descent": (0.5, 0.3),  # half-way: what it erases balances what it writes
     "momentum": (0.1, 0.02),
     "preconditioned_momentum": (0.003, 0.02),
@@ -200,6 +202,20 @@ def test_nothing_stops_a_gradient_through_the_update():
 
 
 # gradient descent and the delta rule
+
+
+def test_row_descent_is_the_best_step_whose_rows_are_no_longer():
+    old, gradient = random(5, 7, dtype=DOUBLE), random(5, 7, seed=1, dtype=DOUBLE)
+    updates, _ = RowDescent().update({"w": gradient}, RowDescent().init({"w": old}), rate=0.3)
+
+    assert torch.allclose(old + updates["w"], naive.row_descent(old, gradient, 0.3))
+    best = float((gradient * updates["w"]).sum())
+    for seed in range(20):
+        other = random(5, 7, seed=2 + seed, dtype=DOUBLE)
+        other = 0.3 * other / other.norm(dim=-1, keepdim=True)
+        assert float((gradient * other).sum()) > best
+    still, _ = RowDescent().update({"w": 0.0 * gradient}, RowDescent().init({"w": old}), rate=0.3)
+    assert not still["w"].any()
 
 
 def test_gradient_descent_is_the_minimum_near_the_old_weights():
