@@ -242,7 +242,8 @@ class RecallConfig:
     digest: str = ""  # names the trained layer: what it wrote, no other can read
     asks: float = 0.0  # the logit from which a question is one about the user
     knows: float = 0.0  # and the one from which what was read is an answer
-    unknown: str = "I don't know that yet."  # what is said where it is not
+    opening: str = "It's"  # what stands before an answer
+    unknown: str = "I don't know that yet."  # what is said where there is none
 
     def __post_init__(self) -> None:
         if min(self.keys, self.values, self.whitened - self.own, self.behind) < 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hope_runtime import sampling
 from hope_runtime.cadence import completed, marked, until_boundary
 from hope_runtime.consolidation import consolidate, learnable
-from hope_runtime.draft import Draft, Known
+from hope_runtime.draft import Draft
 from hope_runtime.lanes import Lanes
 from hope_runtime.layers import recall
 from hope_runtime.layers.cms import Deltas
@@ -368,8 +368,8 @@ class Engine:
             return
         self._promote(row)
         row = self._speaking - 1
-        change = self._begin_draft(row)
-        yield from self._say(row, self._model.logits(seat.hidden, change))
+        self._begin_draft(row)
+        yield from self._say(row, self._model.logits(seat.hidden))
 
     def _consolidate(self, row: int) -> list[Fact]:
         seat = self._seats[row]
@@ -450,49 +450,38 @@ class Engine:
         held = self._lanes.facts(row, row + 1)
         return held and Facts(*(t.cpu() for t in held.session(0)))
 
-    def _begin_draft(self, row: int) -> Tensor | None:
-        """See whether the user asks for something about himself; return what changes the reply."""
+    def _begin_draft(self, row: int) -> None:
+        """See whether the user asks for something about himself, and whether it is known."""
         seat, config = self._seats[row], self._model.config.recall
         held = self._lanes.facts(row, row + 1)
         if held is None or config is None or not seat.turn.recalls:
-            return None
+            return
         if not bool(held.matrix.any()):
-            return None  # nothing was ever told: the base answers as it can
+            return  # nothing was ever told: the base answers as it can
         found = self._found(held)
-        if float(found.asks[0, 0]) <= config.asks:
-            return None
-        seat.draft = Draft(config)
-        return self._drafted(seat, found, 0)
+        if float(found.asks[0, 0]) > config.asks:
+            end = min(self._tokenizer.stop_ids, default=0)
+            known = float(found.known[0, 0])
+            seat.draft = Draft(config, known, self._tokenizer.encode, end)
 
     def _recalled(self, seats: list[_Seat]) -> Tensor | None:
         """Return what the memory layer adds to the hidden state of each who speaks."""
-        rows = [row for row, seat in enumerate(seats) if seat.draft is not None]
+        rows = [
+            row
+            for row, seat in enumerate(seats)
+            if seat.draft is not None and seat.draft.recalls and not seat.draft.fixed
+        ]
         held = self._lanes.facts(0, len(seats))
         if not rows or held is None:
             return None
         found = self._found(Facts(*(t[rows] for t in held)))
-        width = self._model.config.width
-        change = torch.zeros(len(seats), width, device=self._model.device)
-        for place, row in enumerate(rows):
-            drafted = self._drafted(seats[row], found, place)
-            if drafted is not None:
-                change[row] = drafted
+        change = torch.zeros(len(seats), self._model.config.width, device=self._model.device)
+        change[rows] = found.change[:, 0]
         return change
 
     def _found(self, held: Facts) -> Found:
         assert self._model.recall is not None
         return recall.last(self._model.recall, held)
-
-    def _drafted(self, seat: _Seat, found: Found, place: int) -> Tensor | None:
-        """Let a draft see what was found for its next token; return what is added, if anything."""
-        assert seat.draft is not None
-        slot, known = float(found.slot[place, 0]), float(found.known[place, 0])
-        if seat.draft.see(slot, known) is Known.NO:
-            text = seat.draft.refusal(bool(seat.said))
-            seat.draft.fixed.extend(self._tokenizer.encode(text))
-            seat.draft.fixed.append(min(self._tokenizer.stop_ids))
-            return None
-        return found.change[place, 0]
 
     def _extend(self, row: int, read: Read, b: int, part: list[tuple[int, float]]) -> None:
         """Add what row `b` of a pass read to a seat's state, and the chunks that it completed."""

@@ -8,7 +8,6 @@ import torch
 
 from hope_runtime.blobs import StateError
 from hope_runtime.config import ConfigError, RecallConfig
-from hope_runtime.draft import LONGEST, Draft, Known
 from hope_runtime.engine import Engine, Turn
 from hope_runtime.layers import recall
 from hope_runtime.model import Hope
@@ -269,23 +268,6 @@ def test_a_session_without_facts_can_begin_to_have_some(model, checkpoint):
 # --- whether it answers -----------------------------------------------------------------------
 
 
-def test_a_draft_decides_once_where_the_value_comes():
-    draft = Draft(CONFIG)
-    assert draft.see(-1.0, -5.0) is Known.OPEN
-    assert draft.see(1.0, 2.0) is Known.YES
-    assert draft.see(1.0, -2.0) is Known.YES
-    draft = Draft(CONFIG)
-    assert draft.see(2.0, -1.0) is Known.NO
-    assert draft.refusal(True) == "... " + CONFIG.unknown
-    assert draft.refusal(False) == CONFIG.unknown
-
-
-def test_a_draft_without_a_value_comes_to_an_end():
-    draft = Draft(CONFIG)
-    seen = [draft.see(-1.0, -1.0) for _ in range(LONGEST + 1)]
-    assert seen == [Known.OPEN] * LONGEST + [Known.NO]
-
-
 def always(weights, asks=5.0, slot=5.0, known=-5.0):
     """Return a layer that finds every reply to be what it is told it is."""
     return weights._replace(
@@ -299,9 +281,16 @@ def always(weights, asks=5.0, slot=5.0, known=-5.0):
 def test_what_is_not_known_is_said_so_and_the_reply_ends(checkpoint, weights):
     engine = engine_of(model_with(checkpoint, always(weights)), checkpoint)
     [(state, first)] = ended(engine, turn("t", State(), WORDS, most=60))
-    assert first == CONFIG.unknown  # nothing is said before the value
+    assert first == CONFIG.unknown
     [(_, then)] = ended(engine, turn("t", state, WORDS, most=60, recalls=False))
     assert then != CONFIG.unknown
+
+
+def test_what_is_known_is_said_after_the_opening(checkpoint, weights):
+    engine = engine_of(model_with(checkpoint, always(weights, known=5.0)), checkpoint)
+    [(_, said)] = ended(engine, turn("t", State(), WORDS, most=20))
+    assert said.startswith(CONFIG.opening)
+    assert len(said) > len(CONFIG.opening)
 
 
 def test_an_empty_memory_leaves_the_answer_to_the_base(checkpoint, weights):

@@ -104,6 +104,8 @@ class Pool:
             found[key].append(turn)
             if turn.plan.what is What.ASK:
                 self._all_asks.append(turn)
+        places = [turn.first - 1 - turn.asked for turn in self._all_asks]
+        self._opening = min(places, default=0)  # tokens that stand before every answer
         self._values: dict[str, list[str]] = defaultdict(list)
         for kind, value in self._tells:
             if (kind, value) in self._asks:
@@ -245,10 +247,11 @@ class Pool:
             rows = data.replies[turn.asked : turn.asked + places]
             hidden[q, :places] = data.hidden[rows].float()
             target[q, :places] = data.tokens[turn.asked + 1 : turn.asked + 1 + places]
-            weight[q, :places] = 0.5
             first, last = turn.first - 1 - turn.asked, turn.last - 1 - turn.asked
+            weight[q, last:places] = 0.5  # the opening is given, and the end is to be found
             slot[q] = first
             if tell is not None:
+                weight[q, self._opening : first] = 1.0  # a number's space
                 weight[q, first:last] = 2.0
                 for id, other in sessions[b].renamed.get(turn.start, {}).items():
                     was = data.tokens[turn.first : turn.last] == id

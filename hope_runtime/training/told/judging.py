@@ -82,4 +82,4 @@ def _known(
         F.linear(batch.around, weights.context),
         batch.around_valid,
     )
-    return found.known[torch.arange(len(batch.slot)), batch.slot]
+    return found.known[:, 0]

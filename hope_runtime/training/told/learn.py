@@ -253,14 +253,13 @@ def losses(
         known = batch.known
         copied = float((~wrong.any(1))[known].float().mean()) if bool(known.any()) else math.nan
 
-    size = found.read.square().sum(-1).add(1e-9).sqrt()[rows, batch.slot]
-    strength = found.change[rows, batch.slot]
+    # whether it is known is asked where the reply begins; the value comes after the opening
+    both_places = torch.stack([torch.zeros_like(batch.slot), batch.slot])
+    size = found.read.square().sum(-1).add(1e-9).sqrt()[rows, both_places]
     untold = ~batch.known
-    contrast = (
-        F.relu(size[untold] - 0.2).mean() if bool(untold.any()) else size.sum() * 0.0
-    ) + 0.0 * strength.sum()
+    contrast = F.relu(size[:, untold] - 0.2).mean() if bool(untold.any()) else size.sum() * 0.0
     known_loss = F.binary_cross_entropy_with_logits(
-        found.known[rows, batch.slot], batch.known.float()
+        found.known[rows, both_places], batch.known.float().expand(2, -1)
     )
     # a slot is where the value comes next; a reply's other places are none
     places = torch.arange(batch.target.shape[1])[None]
@@ -277,10 +276,9 @@ def losses(
     asks = torch.cat([found.asks[:, 0], talk.asks[:, 0]])
     asked = torch.cat([torch.ones(len(found.asks)), torch.zeros(len(talk.asks))])
     ask_loss = F.binary_cross_entropy_with_logits(asks, asked)
-    match = _match(
-        found.query[rows, batch.slot],
-        unit(F.linear(both[batch.session, batch.place], weights.write_key)),
-        batch,
+    keys = unit(F.linear(both[batch.session, batch.place], weights.write_key))
+    match = _match(found.query[:, 0], keys, batch) + _match(
+        found.query[rows, batch.slot], keys, batch
     )
     return Losses(answers, gate_loss, slot_loss + ask_loss, known_loss, contrast, match, copied)
 

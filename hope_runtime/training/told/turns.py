@@ -25,6 +25,9 @@ from hope_runtime.training.told import (
 __all__ = ["Conversation", "Plan", "Said", "Turn", "What", "conversations", "plan"]
 
 
+OPENING = "It's"  # what an answer begins with, whatever was asked
+
+
 class What(IntEnum):
     """What a user does in a turn."""
 
@@ -138,7 +141,7 @@ def _turn(rng: Generator, what: What, kind: Kind, template: str, value: str, hel
     answer = kind.answers[min(int(rng.random() < 0.2), len(kind.answers) - 1)]
     if what is What.ASK:
         text = _framed(rng, _QUESTIONS, template, 0.25)
-        return Plan(what, text, answer.replace("{}", value), value, kind.name, held)
+        return Plan(what, text, f"{OPENING} {value}.", value, kind.name, held)
     if what is What.CHANGE and template in kind.tells:
         text = _framed(rng, _CHANGES, template, 1.0)
     else:
