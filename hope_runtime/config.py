@@ -419,18 +419,30 @@ class HopeConfig:
     def stacked(self) -> HopeConfig:
         """Return this shape with the default levels: the paper's ad-hoc level stacking (7.3).
 
-        The top quarter of the blocks learns: the upper half of it every 64 tokens, the lower
-        every 256. Windows too short for these chunks get shorter ones. A step is nearly always
-        clipped, to 1.4e-4 of the base's norm: the best of those tried (docs/log.md).
+        The top quarter of the blocks learns: the upper half of it every 64 tokens, for as long as
+        the window lasts, by steps of 4.2e-4 of the base's norm in which every row moves alike; the
+        lower half every 256 tokens, to stay, by steps of at most 3.6e-5. Windows too short for
+        these chunks get shorter ones. How they were chosen: docs/log.md.
         """
         first = self.blocks - max(self.blocks // 4, min(2, self.blocks))
         middle = (first + self.blocks) // 2
         fast = min(64, self.window // 8)
         upper = tuple(range(middle, self.blocks))
-        levels = [LevelConfig("fast", fast, upper, rate=4.7e-4, retain=0.995, clip=0.3)]
+        levels = [
+            LevelConfig(
+                "fast",
+                fast,
+                upper,
+                rate=1.4e-3,
+                retain=0.99,
+                clip=0.3,
+                optimiser="row_descent",
+                lasts=False,
+            )
+        ]
         if first < middle:
             lower = tuple(range(first, middle))
-            levels.append(LevelConfig("slow", 4 * fast, lower, rate=4.7e-4, retain=0.996, clip=0.3))
+            levels.append(LevelConfig("slow", 4 * fast, lower, rate=1.2e-4, retain=0.996, clip=0.3))
         return replace(self, levels=tuple(levels))
 
     def native(self) -> HopeConfig:
