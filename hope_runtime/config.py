@@ -141,8 +141,12 @@ class LevelConfig:
     @property
     def kind(self) -> dict[str, Any]:
         """What a stored delta depends on beside its chunk and blocks, where it is not the rule."""
-        usual = {"offset": 0, "optimiser": "gradient_descent", "rank": None}
-        return {n: getattr(self, n) for n, value in usual.items() if getattr(self, n) != value}
+        found = {
+            "offset": self.offset or None,
+            "optimiser": None if self.optimiser in STATELESS else self.optimiser,
+            "rank": self.rank,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
