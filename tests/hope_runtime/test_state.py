@@ -572,3 +572,23 @@ def test_a_stretch_is_found_among_many_pieces_without_looking_at_all():
     assert between(places, -5, 1) == [0]
     assert between(places, 5000, 6000) == []
     assert len(looked) < 64
+
+
+def test_what_does_not_last_goes_with_the_window():
+    config = tiny_config()
+    levels = tuple(replace(each, lasts=each.name == "slow") for each in config.levels)
+    config = replace(config, levels=levels)
+    delta = {"blocks.3.mlp.down": torch.ones(2, 2)}
+    learned = {name: LevelState(delta, updates=3, movement=0.1) for name in ("fast", "slow")}
+    state = State(position=9, carry=((1, 0.0),), levels=learned)
+
+    cleared = state.cleared(config)
+
+    assert (cleared.position, cleared.carry, cleared.pieces, cleared.due) == (0, (), (), ())
+    assert cleared.levels["slow"] is learned["slow"]
+    assert not cleared.levels["fast"].delta
+    assert cleared.levels["fast"].updates == 3
+    assert cleared.levels["fast"].movement == 0.0
+    facts, blobs, _ = dump(State(levels={"fast": cleared.levels["fast"]}), None)
+    again = restore(facts, blobs, config, torch.float32)
+    assert not again.levels["fast"].delta

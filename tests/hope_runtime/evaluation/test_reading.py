@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hope_runtime.evaluation.reading import NO_LOSS, Reader, conversation, document, handed, known
+from hope_runtime.evaluation.reading import NO_LOSS, Reader, conversation, document, handed
 from hope_runtime.model import Hope
 from hope_runtime.state import State
 from hope_runtime.tokenizer import Role
@@ -77,9 +77,9 @@ def test_what_is_known_is_what_the_levels_learned(tiny):
     state = tiny.read(State(), tokens, learn=True)
     ids = [token.id for token in tokens]
 
-    assert known(state).position == 0
-    assert known(state).deltas.keys() == state.deltas.keys() != set()
-    learned = tiny.judge(known(state), ids).losses.sum()
+    assert state.cleared(tiny.model.config).position == 0
+    assert state.cleared(tiny.model.config).deltas.keys() == state.deltas.keys() != set()
+    learned = tiny.judge(state.cleared(tiny.model.config), ids).losses.sum()
     assert learned < tiny.judge(State(), ids).losses.sum()
 
 
