@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from numpy.random import Generator
 
@@ -21,6 +22,7 @@ from hope_runtime.training.told import (
     held_out_kind,
     held_out_phrase,
     held_out_value,
+    read,
 )
 
 CHANGE_SHARE = 0.5  # of the facts, where some are changed
@@ -56,6 +58,11 @@ class Person:
 
     facts: tuple[Fact, ...]
     untold: tuple[tuple[str, str], ...]  # kind and question of what is never told
+
+
+def fresh_kinds() -> tuple[Kind, ...]:
+    """Return kinds in words that their writer chose without having seen those of training."""
+    return read([Path(__file__).with_name("fresh.toml")])
 
 
 class Verdict(StrEnum):

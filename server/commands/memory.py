@@ -80,8 +80,6 @@ def memory(
         raise Refusal(f"--part {unknown[0]!r}: there are {', '.join(Part)}")
     if unknown := sorted({*contenders} - {*CONTENDERS}):
         raise Refusal(f"--contender {unknown[0]!r}: there are {', '.join(CONTENDERS)}")
-    if str(Part.FRESH) in parts and kinds is None:
-        raise Refusal("--part fresh asks with phrasings of yours: name their file with --kinds")
     rows = [
         Row(part, count, filler, changing)
         for part in parts
@@ -121,11 +119,12 @@ def memory(
 def _people(row: Row, users: int, seed: int, file: Path | None) -> list[Person]:
     import numpy as np
 
-    from hope_runtime.evaluation.told import Part, draw, usable
+    from hope_runtime.evaluation.told import Part, draw, fresh_kinds, usable
     from hope_runtime.training.told import kinds, read
 
     try:
-        known: Sequence[Kind] = read([file]) if file else kinds()
+        ours = fresh_kinds() if row.part == Part.FRESH else kinds()
+        known: Sequence[Kind] = read([file]) if file else ours
         left = usable(known, Part(row.part))
         return [
             draw(np.random.default_rng([seed, user]), left, row.facts, changing=row.changing)

@@ -44,6 +44,16 @@ async def test_a_chat_that_restarts_at_every_turn_goes_on_as_one_that_never_does
     assert strangers[1] != twin[1]  # they were told something else before
 
 
+@pytest.mark.anyio
+async def test_what_remembers_in_its_blocks_has_no_window_to_begin_anew(build):
+    async with build(stops=False) as house, house.client() as http:
+        body = {"input": "hi", "conversation": "s", "memory": {"window": "fresh"}}
+        answer = await http.post("/v1/responses", json=body)
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "memory.window"
+
+
 def test_over_a_socket_too_a_session_outlives_its_server(door):
     def told(line, text):
         line.send_json(

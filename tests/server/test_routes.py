@@ -55,6 +55,33 @@ def user(text):
 # --- responses ----------------------------------------------------------------------------------
 
 
+async def test_a_fresh_window_begins_a_new_conversation_in_the_same_session(http):
+    async def said(text, **memory):
+        body = {**SAY, "input": text, "conversation": "s", "memory": memory}
+        answer = (await http.post("/v1/responses", json=body)).json()
+        return answer["output"][0]["content"][0]["text"], answer["usage"]["input_tokens"]
+
+    first = await said("hello", mode="off")
+    await said("my name is ada")
+    looked = await said("hello", mode="read_only", window="fresh")
+    assert looked == first  # nothing was learned yet, and nothing is left in the window
+    assert (await said("hello", mode="read_only")) != first
+    await said("hello", window="fresh")
+    session = (await http.get("/v1/sessions/s")).json()
+    assert session["version"] == 2
+    assert len((await http.get("/v1/conversations/s/items")).json()["data"]) == 4
+
+
+async def test_instructions_hold_in_a_fresh_window_when_they_are_sent_again(http):
+    async def read(**fields):
+        body = {**SAY, "conversation": "s", "instructions": "be brief and kind", **fields}
+        return (await http.post("/v1/responses", json=body)).json()["usage"]["input_tokens"]
+
+    first = await read()
+    assert await read() < first  # known already
+    assert await read(memory={"window": "fresh"}) == first
+
+
 async def test_a_response_is_whole_and_says_what_became_of_the_memory(http):
     answer = await http.post("/v1/responses", json={**SAY, "conversation": "s"})
 

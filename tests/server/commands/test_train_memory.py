@@ -115,7 +115,7 @@ def test_people_are_asked_through_a_server_that_was_killed(trained, kinds, tmp_p
     [
         (["--part", "all"], "--part 'all': there are phrasings"),
         (["--contender", "mem0"], "--contender 'mem0': there are memory"),
-        (["--part", "fresh"], "name their file with --kinds"),
+        (["--kinds", "nowhere.toml"], "nowhere.toml"),
         (["--facts", "1000"], "1000 facts cannot be drawn"),
     ],
 )
