@@ -29,6 +29,7 @@ HELP = """\
 /export FILE  write all of it to a file
 /delete       forget this session and everything it learned
 /sessions     every session on the server
+/fresh        begin a new conversation: what was said is reached by memory only
 /new NAME     go on as another session, new or old
 /quit         leave (Ctrl-D does too); Ctrl-C stops a reply and keeps what was said"""
 
@@ -106,6 +107,7 @@ class Chat:
         self._session = hope.session(settings.session)
         self._options = settings.options
         self._interactive = interactive
+        self._fresh = False  # the next message begins a new conversation
         self._out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
         self._commands: dict[str, Callable[[str], None]] = {
@@ -119,6 +121,7 @@ class Chat:
             "/export": self._export,
             "/delete": lambda _: self._delete(),
             "/sessions": lambda _: self._show_sessions(),
+            "/fresh": lambda _: self._begin_afresh(),
             "/new": self._switch,
         }
 
@@ -175,7 +178,10 @@ class Chat:
     # --- talking ------------------------------------------------------------------------------
 
     def _say(self, line: str) -> None:
-        reply = self._session.say(line, **self._options)
+        options = self._options.copy()
+        if self._fresh:
+            options["window"] = "fresh"
+        reply = self._session.say(line, **options)
         try:
             for piece in reply:
                 self._out.print(printable(piece), end="")
@@ -186,6 +192,8 @@ class Chat:
                 raise
         else:
             self._out.print()
+        if reply.memory is not None and reply.memory.committed_version is not None:
+            self._fresh = False
         if self._interactive:
             self._out.print(summary(reply), style="dim")
         if reply.memory is not None and reply.memory.recovered is not None:
@@ -281,6 +289,10 @@ class Chat:
                 ago(time.time() - session.updated_at),
             )
         self._out.print(table)
+
+    def _begin_afresh(self) -> None:
+        self._fresh = True
+        self._out.print("Your next message begins a new conversation; memory is kept.")
 
     def _switch(self, name: str) -> None:
         if not name:

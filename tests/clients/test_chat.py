@@ -269,3 +269,11 @@ def test_an_error_does_not_end_the_talk_and_control_d_does(terminal, tmp_path):
 
     assert terminal.close() == 0
     assert "refuse me" in (tmp_path / "hope" / "chat_history").read_text()
+
+
+def test_a_new_conversation_begins_with_the_next_message_alone(stand_in, tmp_path):
+    done = piped(stand_in.url, tmp_path, "one\n/fresh\ntwo\nthree")
+
+    assert "Your next message begins a new conversation; memory is kept." in done.stdout
+    windows = [request.memory.window for request in stand_in.requests]
+    assert windows == ["kept", "fresh", "kept"]

@@ -73,7 +73,7 @@ def test_a_request_names_its_turn_once_for_event_stream_and_repetition():
         "input": "hello",
         "temperature": 0.5,
         "stream": False,
-        "memory": {"mode": "read_write", "if_version": 3, "on_cancel": "keep"},
+        "memory": {"mode": "read_write", "if_version": 3, "on_cancel": "keep", "window": "kept"},
         "event_id": "t9",
         "stream_id": "t9",
         "turn_id": "t9",
