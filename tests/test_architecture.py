@@ -54,20 +54,28 @@ ONLY = {
     "prometheus_client": {"server/metrics.py"},
     "typer": {
         "server/cli.py",
+        "server/commands/demo.py",
         "server/commands/evaluate.py",
         "server/commands/keyring.py",
         "server/commands/recall.py",
         "server/commands/terminal.py",
         "server/commands/train.py",
+        "server/commands/train_memory.py",
     },
     "rich": {
         "server/cli.py",
+        "server/commands/demo.py",
         "server/commands/evaluate.py",
         "server/commands/keyring.py",
         "server/commands/recall.py",
         "server/commands/terminal.py",
         "server/commands/train.py",
+        "server/commands/train_memory.py",
         "clients/chat.py",
+    },
+    "clients.sync": {  # they talk to a server of their own as a user would
+        "server/commands/demo.py",
+        "server/commands/memory.py",
     },
     "redis": {
         "memory_store/address.py",

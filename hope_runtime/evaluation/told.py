@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 from numpy.random import Generator
 
+from hope_runtime.training.corpora import Chat
 from hope_runtime.training.told import (
     Kind,
     held_out_kind,
@@ -25,6 +27,7 @@ from hope_runtime.training.told import (
     read,
 )
 
+PIECE = 8  # lines of other people's chat that are read in one turn
 CHANGE_SHARE = 0.5  # of the facts, where some are changed
 
 
@@ -146,6 +149,32 @@ def draw(rng: Generator, kinds: Sequence[Kind], facts: int, *, changing: bool = 
     names = {fact.kind for fact in told}
     others = [kind for kind in order if kind.name not in names][:facts]
     return Person(tuple(told), tuple((kind.name, _one(rng, kind.asks)) for kind in others))
+
+
+def people(
+    kinds: Sequence[Kind], facts: int, count: int, seed: int, *, changing: bool = False
+) -> list[Person]:
+    """Draw people, each from a seed of his own."""
+    return [
+        draw(np.random.default_rng([seed, person]), kinds, facts, changing=changing)
+        for person in range(count)
+    ]
+
+
+def filler(chats: Sequence[Chat], tokens: int, seed: int, person: int) -> list[Chat]:
+    """Draw chats that other people had: about so many tokens, at four characters each."""
+    rng = np.random.default_rng([seed, person, 1])
+    found: list[Chat] = []
+    left = 4 * tokens
+    while left > 0:
+        chat = chats[int(rng.integers(len(chats)))]
+        for start in range(0, len(chat) - len(chat) % 2, PIECE):
+            piece = chat[start : start + PIECE]
+            found.append(piece)
+            left -= sum(len(line.text) + 28 for line in piece)  # with the markup around each
+            if left <= 0:
+                break
+    return found
 
 
 _UNSURE = re.compile(

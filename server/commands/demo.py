@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from server.commands.serving import Server
+from server.commands._serving import Server
 from server.commands.terminal import err, out, refusals
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.commands.serving import Server
+from server.commands._serving import Server
 from server.commands.terminal import Refusal, err, out, progress, stopped, table
 from server.commands.trials import chats_of, keep, writable
 
@@ -28,7 +28,6 @@ CONTENDERS = ("memory", "nothing", "context", "retrieval")
 _AT_ONCE = 8  # people who talk at the same time
 _ANSWER = 32  # tokens
 _ACKNOWLEDGED = 16  # tokens of the reply to what is told
-_PIECE = 8  # lines of other people's chat in a turn
 _BEST = 3  # sentences that the rival puts into the prompt
 
 
@@ -117,19 +116,14 @@ def memory(
 
 
 def _people(row: Row, users: int, seed: int, file: Path | None) -> list[Person]:
-    import numpy as np
-
-    from hope_runtime.evaluation.told import Part, draw, fresh_kinds, usable
+    from hope_runtime.evaluation.told import Part, fresh_kinds, people, usable
     from hope_runtime.training.told import kinds, read
 
     try:
         ours = fresh_kinds() if row.part == Part.FRESH else kinds()
         known: Sequence[Kind] = read([file]) if file else ours
         left = usable(known, Part(row.part))
-        return [
-            draw(np.random.default_rng([seed, user]), left, row.facts, changing=row.changing)
-            for user in range(users)
-        ]
+        return people(left, row.facts, users, seed, changing=row.changing)
     except (OSError, ValueError) as error:
         raise Refusal(str(error)) from error
 
@@ -145,6 +139,7 @@ def _row(
 ) -> None:
     """Let everybody tell, kill the server, start it again, and ask everybody's questions."""
     from clients.sync import Hope
+    from hope_runtime.evaluation.told import filler
 
     with (
         tempfile.TemporaryDirectory(prefix="hope-eval-") as folder,
@@ -154,7 +149,7 @@ def _row(
         if "memory" in contenders:
             with Hope(server.url) as hope:
                 told = [
-                    threads.submit(_tell, hope, i, person, _filler(chats, row.filler, seed, i))
+                    threads.submit(_tell, hope, i, person, filler(chats, row.filler, seed, i))
                     for i, person in enumerate(people)
                 ]
                 for each in told:
@@ -177,24 +172,6 @@ def _questions(person: Person) -> Iterator[tuple[str, Fact | str]]:
         yield fact.asked, fact
     for kind, question in person.untold:
         yield question, kind
-
-
-def _filler(chats: Sequence[Chat], tokens: int, seed: int, person: int) -> list[Chat]:
-    """Draw chats that other people had: about so many tokens, at four characters each."""
-    import numpy as np
-
-    rng = np.random.default_rng([seed, person, 1])
-    found: list[Chat] = []
-    left = 4 * tokens
-    while left > 0:
-        chat = chats[int(rng.integers(len(chats)))]
-        for start in range(0, len(chat) - len(chat) % 2, _PIECE):
-            piece = chat[start : start + _PIECE]
-            found.append(piece)
-            left -= sum(len(line.text) + 28 for line in piece)  # with the markup around each
-            if left <= 0:
-                break
-    return found
 
 
 def _tell(hope: Hope, number: int, person: Person, filler: Sequence[Chat]) -> None:

@@ -149,8 +149,9 @@ def _pools(
             bar.update(task, completed=sum(len(s.tokens) for done in rounds[: i + 1] for s in done))
     features = Features.join(parts)
     written = learn.written_ids(layer, features.tokens)
-    ours = Pool(features, kinds, written, config, held_out=False)
-    theirs = Pool(features, kinds, written, config, held_out=True)
+    rivals = learn.rivals(features.hidden, model.embedding.float().cpu())
+    ours = Pool(features, kinds, written, config, rivals, held_out=False)
+    theirs = Pool(features, kinds, written, config, rivals, held_out=True)
     if not ours.kinds:
         raise Refusal("no fact can be told and asked for; give more kinds, or more values to each")
     if len(theirs.kinds) < _KEPT:
@@ -190,6 +191,7 @@ def _run(
     from hope_runtime.training.told.judging import judge
 
     file = to / "run.safetensors"
+    near = learn.twins(embedding)
     copied = 0.0
     began = time.monotonic()
     with _bar("training", "steps") as bar, (to / "curve.jsonl").open("a") as curve:
@@ -197,7 +199,7 @@ def _run(
         try:
             while progress.step < recipe.steps:
                 progress, found, norm = learn.advance(
-                    config, recipe, layer, progress, pools[0], embedding
+                    config, recipe, layer, progress, pools[0], embedding, near
                 )
                 copied = found.copied if not copied else 0.95 * copied + 0.05 * found.copied
                 bar.update(task, completed=progress.step, note=f"{copied:.1%} copied")
@@ -211,7 +213,7 @@ def _run(
                         "copied": round(copied, 4),
                         "norm": round(norm, 3),
                         "seconds": round(time.monotonic() - began),
-                        "held_out": asdict(judge(config, weights, pools[1], embedding)),
+                        "held_out": asdict(judge(config, weights, pools[1], embedding, near)),
                     }
                     curve.write(json.dumps(note) + "\n")
                     curve.flush()

@@ -32,6 +32,7 @@ class Stage:
     facts: tuple[int, int]
     filler: tuple[int, int]  # turns in between
     changes: float = 0.25  # share of facts that are told anew
+    near: float = 0.6  # share of what was never told that has the values of what was
     renamed: float = 0.7  # share of facts whose value's tokens are replaced by any others
 
 
@@ -58,6 +59,7 @@ class Drawn(NamedTuple):
     around: Tensor  # [Q, W - 1 + P, Z]
     around_valid: Tensor  # [Q, W - 1 + P]
     hidden: Tensor  # [Q, P, width]
+    rivals: Tensor  # [Q, P, k]: what the base would rather say there
     target: Tensor  # [Q, P]: the next token; NOTHING where there is none to learn
     weight: Tensor  # [Q, P]
     slot: Tensor  # [Q]: the place whose next token is the value's first
@@ -77,11 +79,13 @@ class Pool:
         kinds: Sequence[Kind],
         written: Tensor,
         config: RecallConfig,
+        rivals: Tensor,
         *,
         held_out: bool,
     ) -> None:
         self.features = features
         self.config = config
+        self.rivals = rivals  # [r, k], of the rows of `features.hidden`
         self.written = written  # [n]: what each token is written as
         self._vocabulary = int(features.tokens.max())
         self._tells: dict[tuple[str, str], list[Turn]] = defaultdict(list)
@@ -168,7 +172,7 @@ class Pool:
             asked = [asked[i] for i in rng.permutation(len(asked))[:ASKED]]
         unknown = [
             _one(rng, self._asks[kind, _one(rng, self._values[kind])])
-            for kind in self._strangers(rng, chosen, min(CONTRASTS, 1 + count))
+            for kind in self._strangers(rng, chosen, min(CONTRASTS, 1 + count), stage.near)
         ]
         return _Session(stream, asked, unknown, renamed)
 
@@ -182,11 +186,13 @@ class Pool:
                 chosen[_one(rng, self._family[kind])] = None
         return list(chosen)
 
-    def _strangers(self, rng: Generator, chosen: Sequence[str], count: int) -> list[str]:
-        """Draw kinds that are not among the chosen, most from their families."""
+    def _strangers(
+        self, rng: Generator, chosen: Sequence[str], count: int, share: float
+    ) -> list[str]:
+        """Draw kinds that are not among the chosen, a share of them from their families."""
         found = []
         for _ in range(count):
-            near = self._family[_one(rng, chosen)] if rng.random() < 0.6 else self.kinds
+            near = self._family[_one(rng, chosen)] if rng.random() < share else self.kinds
             free = [kind for kind in near if kind not in chosen]
             if free:
                 found.append(_one(rng, free))
@@ -235,6 +241,7 @@ class Pool:
         around = torch.zeros(len(asks), context - 1 + most, config.whitened)
         around_valid = torch.zeros(len(asks), context - 1 + most, dtype=torch.bool)
         hidden = torch.zeros(len(asks), most, data.hidden.shape[1])
+        rivals = torch.zeros(len(asks), most, self.rivals.shape[1], dtype=torch.int64)
         target = torch.full((len(asks), most), NOTHING)
         weight = torch.zeros(len(asks), most)
         slot = torch.zeros(len(asks), dtype=torch.int64)
@@ -246,6 +253,7 @@ class Pool:
             around_valid[q, at : context - 1 + places] = True
             rows = data.replies[turn.asked : turn.asked + places]
             hidden[q, :places] = data.hidden[rows].float()
+            rivals[q, :places] = self.rivals[rows]
             target[q, :places] = data.tokens[turn.asked + 1 : turn.asked + 1 + places]
             first, last = turn.first - 1 - turn.asked, turn.last - 1 - turn.asked
             weight[q, last:places] = 0.5  # the opening is given, and the end is to be found
@@ -261,7 +269,8 @@ class Pool:
         talk, talk_valid = self._contexts(rng, 3 * len(sessions))
         return Drawn(
             seen, tokens, valid, valid, stated, told,
-            torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, target, weight,
+            torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, rivals,
+            target, weight,
             slot,
             torch.tensor([0 if tell is None else told_at[b, tell.start] for b, _, tell in asks]),
             torch.tensor([self._number[turn.plan.kind] for _, turn, _ in asks]),

@@ -19,7 +19,7 @@ from hope_runtime.training.told.learn import losses, remember
 
 INVENTED = 0.1  # share of what was never told that may be answered
 BATCHES, SESSIONS = 4, 12
-_STAGE = Stage(facts=(4, 4), filler=(4, 4), renamed=0.0)
+_STAGE = Stage(facts=(4, 4), filler=(4, 4), renamed=0.0, near=0.1)  # as people would ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,12 @@ class Judged:
 
 @torch.no_grad()
 def judge(
-    config: RecallConfig, weights: recall.Weights, pool: Pool, embedding: Tensor, seed: int = 0
+    config: RecallConfig,
+    weights: recall.Weights,
+    pool: Pool,
+    embedding: Tensor,
+    near: Tensor,
+    seed: int = 0,
 ) -> Judged:
     """Judge a layer on a pool."""
     rng = np.random.default_rng(seed)
@@ -42,7 +47,7 @@ def judge(
     untold: list[Tensor] = []
     for _ in range(BATCHES):
         batch = pool.draw(rng, SESSIONS, _STAGE)
-        found = losses(config, weights, batch, embedding, torch.Generator().manual_seed(seed))
+        found = losses(config, weights, batch, embedding, near, torch.Generator().manual_seed(seed))
         copied.append(found.copied)
         loss.append(float(found.answers))
         known = _known(config, weights, batch, embedding)

@@ -202,6 +202,7 @@ def losses(
     weights: Weights,
     batch: Drawn,
     embedding: Tensor,
+    twins: Tensor,
     chance: torch.Generator,
     noise: float = 0.0,
     dropout: float = 0.0,
@@ -213,6 +214,7 @@ def losses(
         weights: of the layer, those to learn with gradients.
         batch: some sessions.
         embedding: of the base, [V, width], float32; the head as well.
+        twins: of every token, those most like it (`twins`), [V, k].
         chance: of the noise and of the other tokens.
         noise: on features.
         dropout: share of the whitened directions that are hidden.
@@ -238,7 +240,9 @@ def losses(
     found = recall.read(weights, matrix[batch.session], own, context_of.float(), batch.around_valid)
     rows = torch.arange(len(batch.slot))
     learned = (batch.target != NOTHING) & (batch.weight > 0)
-    vocabulary, target = _vocabulary(batch.target[learned], len(embedding), chance)
+    vocabulary, target = _vocabulary(
+        batch.target[learned], batch.rivals[learned], twins, len(embedding), chance
+    )
     normed = (batch.hidden + found.change)[learned]
     with _fast():
         logits = normed @ embedding[vocabulary].T
@@ -343,11 +347,39 @@ def remember(
     return recall.store(weights, start, chosen), gate, both
 
 
-def _vocabulary(targets: Tensor, size: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return tokens that answers choose from, [v], and where each target is among them."""
+def _vocabulary(
+    targets: Tensor, rivals: Tensor, twins: Tensor, size: int, chance: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return tokens that answers choose from, [v], and where each target is among them.
+
+    They are the targets, those that look like them, what the base would rather say, and others.
+    """
     others = torch.randint(size, (OTHERS,), generator=chance)
-    tokens = torch.cat([targets, others]).unique()
+    near = twins[targets.unique()].flatten()
+    tokens = torch.cat([targets, near, rivals.flatten(), others]).unique()
     return tokens, torch.searchsorted(tokens, targets)
+
+
+@torch.no_grad()
+def twins(embedding: Tensor, count: int = 4) -> Tensor:
+    """Return the tokens whose embeddings are most like each token's, [V, count]."""
+    unit_rows = F.normalize(embedding - embedding.mean(0), dim=-1).bfloat16()
+    rows = [
+        (unit_rows[at : at + 1024] @ unit_rows.T).float().topk(count + 1).indices[:, 1:]
+        for at in range(0, len(embedding), 1024)
+    ]
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def rivals(hidden: Tensor, embedding: Tensor, count: int = 4) -> Tensor:
+    """Return the tokens that a base likes best after each of its hidden states, [r, count]."""
+    head = embedding.bfloat16().T
+    rows = [
+        (hidden[at : at + 1024].bfloat16() @ head).float().topk(count).indices
+        for at in range(0, len(hidden), 1024)
+    ]
+    return torch.cat(rows) if rows else torch.zeros(0, count, dtype=torch.int64)
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -366,14 +398,15 @@ def advance(
     progress: Progress,
     pool: Pool,
     embedding: Tensor,
+    near: Tensor,
 ) -> tuple[Progress, Losses, float]:
-    """Take one step; return also the norm of its gradient."""
+    """Take one step; return also the norm of its gradient. `near` are `twins` of the embedding."""
     chance = deepcopy(progress.chance)  # a step that is broken off has drawn nothing
     batch = pool.draw(chance, recipe.sessions, recipe.stage(progress.step))
     draws = torch.Generator().manual_seed(int(chance.integers(2**31)))
     params = {name: p.detach().requires_grad_() for name, p in progress.params.items()}
     weights = fixed._replace(**params, gain=torch.tensor(1.0))
-    found = losses(config, weights, batch, embedding, draws, recipe.noise, recipe.dropout)
+    found = losses(config, weights, batch, embedding, near, draws, recipe.noise, recipe.dropout)
     gradients = torch.autograd.grad(
         found.total, list(params.values()), allow_unused=True, materialize_grads=True
     )

@@ -147,8 +147,10 @@ def features(model, layer, said, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pool(features, layer, config):
-    return Pool(features, KINDS, learn.written_ids(layer, features.tokens), config, held_out=False)
+def pool(features, layer, config, model):
+    rivals = learn.rivals(features.hidden, model.embedding.float())
+    written = learn.written_ids(layer, features.tokens)
+    return Pool(features, KINDS, written, config, rivals, held_out=False)
 
 
 def test_features_are_those_of_each_conversation_alone(model, layer, said, features):
@@ -183,10 +185,13 @@ def test_training_goes_on_after_a_stop_as_if_it_had_not_stopped(
 ):
     recipe = learn.Recipe(steps=4, sessions=3, warmup=1)
     embedding = model.embedding.float()
+    near = learn.twins(embedding)
 
     def steps(progress, count):
         for _ in range(count):
-            progress, found, _ = learn.advance(config, recipe, layer, progress, pool, embedding)
+            progress, found, _ = learn.advance(
+                config, recipe, layer, progress, pool, embedding, near
+            )
         return progress, found
 
     whole, _ = steps(learn.begin(layer, recipe), 4)
@@ -207,19 +212,22 @@ def test_a_layer_learns_to_copy_what_it_was_told(pool, layer, config, model):
     """Only the fast memory can know the answer: values are drawn anew for every session."""
     recipe = learn.Recipe(steps=60, sessions=8, rate=3e-3, warmup=5, noise=0.0, dropout=0.0)
     embedding = model.embedding.float()
+    near = learn.twins(embedding)
     stage = Stage(facts=(2, 2), filler=(0, 0), changes=0.0, renamed=0.0)
 
     def judged(weights, *, told=True):
         batch = pool.draw(np.random.default_rng(5), 12, stage)
         values = batch.weight * (batch.weight > 1)  # of answers, the values alone
         batch = batch._replace(stated=batch.stated & told, weight=values)
-        found = learn.losses(config, weights, batch, embedding, torch.Generator().manual_seed(0))
+        found = learn.losses(
+            config, weights, batch, embedding, near, torch.Generator().manual_seed(0)
+        )
         return float(found.answers.detach())
 
     progress = learn.begin(layer, recipe)
     before = judged(learn.trained(layer, progress))
     for _ in range(recipe.steps):
-        progress, _, _ = learn.advance(config, recipe, layer, progress, pool, embedding)
+        progress, _, _ = learn.advance(config, recipe, layer, progress, pool, embedding, near)
     after = judged(learn.trained(layer, progress))
     blind = judged(learn.trained(layer, progress), told=False)
     assert after < 0.6 * before
@@ -235,10 +243,14 @@ def test_a_base_of_another_family_can_have_a_layer(family, hf_directory, said):
     first = prepare.first_layer(base, config, said[:2], checkpoint.tokenizer, 0)
     features = prepare.gather(base, first, said)
     written = learn.written_ids(first, features.tokens)
-    pool = Pool(features, KINDS, written, config, held_out=False)
+    embedding = base.embedding.float()
+    rivals = learn.rivals(features.hidden, embedding)
+    pool = Pool(features, KINDS, written, config, rivals, held_out=False)
     recipe = learn.Recipe(steps=2, sessions=2)
     progress = learn.begin(first, recipe)
-    progress, _, _ = learn.advance(config, recipe, first, progress, pool, base.embedding.float())
+    progress, _, _ = learn.advance(
+        config, recipe, first, progress, pool, embedding, learn.twins(embedding)
+    )
     layer = learn.trained(first, progress)
     tensors = {recall.NAME + name: tensor for name, tensor in layer._asdict().items()}
     model = Hope(replace(bare.config, recall=config), {**checkpoint.weights, **tensors})
