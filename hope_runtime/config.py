@@ -245,7 +245,7 @@ class RecallConfig:
     floor: float = 0.02  # rates below it are none
     digest: str = ""  # names the trained layer: what it wrote, no other can read
     asks: float = 0.0  # the logit from which a question is one about the user
-    knows: float = 0.0  # and the one from which what was read is an answer
+    knows: float = 0.25  # and how like a value what was read has to be, to be an answer
     opening: str = "It's"  # what stands before an answer
     unknown: str = "I don't know that yet."  # what is said where there is none
 

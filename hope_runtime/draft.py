@@ -16,10 +16,10 @@ from hope_runtime.config import RecallConfig
 class Draft:
     """The reply to one question about the user.
 
-    >>> known = Draft(RecallConfig((0, 1)), 2.0, lambda text: [len(text)], 0)
+    >>> known = Draft(RecallConfig((0, 1)), 0.9, lambda text: [len(text)], 0)
     >>> known.fixed, known.recalls
     (deque([4]), True)
-    >>> unknown = Draft(RecallConfig((0, 1)), -2.0, lambda text: [len(text)], 0)
+    >>> unknown = Draft(RecallConfig((0, 1)), 0.1, lambda text: [len(text)], 0)
     >>> unknown.fixed, unknown.recalls
     (deque([22, 0]), False)
     """
@@ -31,7 +31,7 @@ class Draft:
         encode: Callable[[str], Sequence[int]],
         end: int,
     ) -> None:
-        """Decide by `known`, the logit that what was read is an answer; `end` ends a reply."""
+        """Decide by `known`, how like a value what was read is; `end` ends a reply."""
         self.recalls = known > config.knows
         # tokens that come first, whatever the model would say
         self.fixed: deque[int] = deque(

@@ -461,7 +461,7 @@ class Engine:
         found = self._found(held)
         if float(found.asks[0, 0]) > config.asks:
             end = min(self._tokenizer.stop_ids, default=0)
-            known = float(found.known[0, 0])
+            known = float(self._model.likeness(found.read[0, 0]))
             seat.draft = Draft(config, known, self._tokenizer.encode, end)
 
     def _recalled(self, seats: list[_Seat]) -> Tensor | None:

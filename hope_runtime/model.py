@@ -202,6 +202,11 @@ class Hope:
         there = (held.tokens != recall.NOTHING)[..., None]
         return held._replace(around=torch.where(there, around, 0.0))
 
+    def likeness(self, read: Tensor) -> Tensor:
+        """Return how like a single value what was read of facts is: see `layers.recall.likeness`."""
+        assert self.recall is not None
+        return recall.likeness(self.recall, read, self.embedding, self.head)
+
     def state_facts(
         self, held: recall.Facts, read: Read, tokens: Tensor, stated: Tensor, lengths: Tensor | None
     ) -> recall.Facts:

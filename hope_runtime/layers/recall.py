@@ -29,6 +29,7 @@ from hope_runtime.ops import delta
 from hope_runtime.ops.collapsed import unit
 
 NAME = "recall."  # what the names of its tensors begin with
+FAVOURED = 64  # tokens that what was read is compared with
 CHUNK = 64  # tokens whose writes are solved for together
 HIDDEN = -1e9  # of attention to what is not there; no row is all of it, and none becomes NaN
 NOTHING = -1  # the token where there is none
@@ -356,6 +357,23 @@ def read(weights: Weights, matrix: Tensor, own: Tensor, around: Tensor, valid: T
             ..., 0
         ],
     )
+
+
+def likeness(weights: Weights, read: Tensor, embedding: Tensor, head: Tensor) -> Tensor:
+    """Return how like what was read, [..., R], is to any token's value: 1 for a memory of it alone.
+
+    What was never told recalls a little of everything, which is like nothing. Only the tokens that
+    the output favours are looked at.
+
+    Args:
+        weights: of the layer.
+        read: S q, [..., R].
+        embedding: of the base, [V, width].
+        head: of the base, [V, width].
+    """
+    favoured = F.linear(F.linear(read, weights.output).to(head.dtype), head).float()
+    best = favoured.topk(min(FAVOURED, len(embedding))).indices
+    return (values(weights, embedding[best]) @ read[..., None])[..., 0].amax(-1)
 
 
 def last(weights: Weights, held: Facts) -> Found:

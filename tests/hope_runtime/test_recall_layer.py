@@ -157,6 +157,17 @@ def test_a_name_that_begins_a_message_is_written_with_its_space(untrained):
     assert found.tolist() == [7, ord("R"), ord("a")]
 
 
+def test_what_was_read_is_like_the_one_value_that_it_is(model, weights):
+    exact = weights._replace(output=torch.linalg.pinv(weights.value))
+    every = recall.values(exact, model.embedding)
+    one = recall.likeness(exact, every[7], model.embedding, model.head)
+    torch.testing.assert_close(float(one), 1.0)
+    mixed = every[:40].mean(0)
+    assert float(recall.likeness(exact, mixed, model.embedding, model.head)) < 0.8
+    both = recall.likeness(exact, torch.stack([every[7], mixed]), model.embedding, model.head)
+    assert both.shape == (2,)
+
+
 # --- within a session -------------------------------------------------------------------------
 
 
@@ -268,18 +279,18 @@ def test_a_session_without_facts_can_begin_to_have_some(model, checkpoint):
 # --- whether it answers -----------------------------------------------------------------------
 
 
-def always(weights, asks=5.0, slot=5.0, known=-5.0):
-    """Return a layer that finds every reply to be what it is told it is."""
+def always(weights):
+    """Return a layer that takes every turn for a question about the user."""
     return weights._replace(
-        sense_out=torch.zeros_like(weights.sense_out),
-        sense_out_bias=torch.tensor([asks, slot]),
-        known=torch.zeros_like(weights.known),
-        known_bias=torch.tensor([known]),
+        sense_out=torch.zeros_like(weights.sense_out), sense_out_bias=torch.tensor([5.0, -5.0])
     )
 
 
+KNOWS, KNOWS_NOT = (replace(CONFIG, knows=least) for least in (-2.0, 2.0))
+
+
 def test_what_is_not_known_is_said_so_and_the_reply_ends(checkpoint, weights):
-    engine = engine_of(model_with(checkpoint, always(weights)), checkpoint)
+    engine = engine_of(model_with(checkpoint, always(weights), KNOWS_NOT), checkpoint)
     [(state, first)] = ended(engine, turn("t", State(), WORDS, most=60))
     assert first == CONFIG.unknown
     [(_, then)] = ended(engine, turn("t", state, WORDS, most=60, recalls=False))
@@ -287,14 +298,14 @@ def test_what_is_not_known_is_said_so_and_the_reply_ends(checkpoint, weights):
 
 
 def test_what_is_known_is_said_after_the_opening(checkpoint, weights):
-    engine = engine_of(model_with(checkpoint, always(weights, known=5.0)), checkpoint)
+    engine = engine_of(model_with(checkpoint, always(weights), KNOWS), checkpoint)
     [(_, said)] = ended(engine, turn("t", State(), WORDS, most=20))
     assert said.startswith(CONFIG.opening)
     assert len(said) > len(CONFIG.opening)
 
 
 def test_an_empty_memory_leaves_the_answer_to_the_base(checkpoint, weights):
-    engine = engine_of(model_with(checkpoint, always(weights)), checkpoint)
+    engine = engine_of(model_with(checkpoint, always(weights), KNOWS_NOT), checkpoint)
     base = engine_of(Hope(checkpoint.config, checkpoint.weights), checkpoint)
     [(_, ours)] = ended(engine, turn("t", State(), WORDS, learn=False))
     [(_, theirs)] = ended(base, turn("t", State(), WORDS, learn=False))
@@ -303,7 +314,7 @@ def test_an_empty_memory_leaves_the_answer_to_the_base(checkpoint, weights):
 
 def test_who_drafts_does_not_touch_who_does_not(checkpoint, weights):
     """One of a batch is answered from memory, the other as the base would."""
-    model = model_with(checkpoint, always(weights, known=5.0))
+    model = model_with(checkpoint, always(weights), KNOWS)
     engine = engine_of(model, checkpoint)
     [(state, _)] = ended(engine, turn("t", State(), WORDS, most=0))
     [(_, plain)] = ended(engine, turn("t", state, "and? ", recalls=False, learn=False))

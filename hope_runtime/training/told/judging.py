@@ -72,7 +72,7 @@ def calibrated(
     if not len(seen):
         return config
     knows = float(seen.quantile(1.0 - INVENTED))
-    return replace(config, knows=round(knows, 3))
+    return replace(config, knows=round(knows, 4))
 
 
 def _known(
@@ -87,4 +87,4 @@ def _known(
         F.linear(batch.around, weights.context),
         batch.around_valid,
     )
-    return found.known[:, 0]
+    return recall.likeness(weights, found.read[:, 0], embedding, embedding)
