@@ -203,7 +203,7 @@ class Hope:
         return held._replace(around=torch.where(there, around, 0.0))
 
     def likeness(self, read: Tensor) -> Tensor:
-        """Return how like a single value what was read of facts is: see `layers.recall.likeness`."""
+        """Return how like a single value what was read is (`layers.recall.likeness`)."""
         assert self.recall is not None
         return recall.likeness(self.recall, read, self.embedding, self.head)
 
