@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-NAMES = ("decode", "first_token", "restore", "consolidation", "stability", "store")
+NAMES = ("decode", "first_token", "restore", "consolidation", "stability", "store", "memory_layer")
 
 
 def main() -> None:
