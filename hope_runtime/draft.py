@@ -32,8 +32,28 @@ class Draft:
         end: int,
     ) -> None:
         """Decide by `known`, how like a value what was read is; `end` ends a reply."""
+        self._config, self._encode, self._end = config, encode, end
         self.recalls = known > config.knows
+        self._begun = False  # a token of the value was said
         # tokens that come first, whatever the model would say
         self.fixed: deque[int] = deque(
             encode(config.opening) if self.recalls else [*encode(config.unknown), end]
         )
+
+    def see(self, like: float) -> None:
+        """Look at how like a value the next token's read is; the reply ends where it is not."""
+        if self._begun and like < self._config.ends:
+            self.fixed.extend([*self._encode("."), self._end])
+        self._begun = True
+
+
+def asked(config: RecallConfig, asks: float, known: float) -> bool:
+    """Tell whether memory has the word: the user asks for something about himself.
+
+    In doubt, one that is known is such a question, and one that is not is left to the base.
+
+    >>> config = RecallConfig((0, 1), asks=0.0, knows=0.25, maybe=2.0)
+    >>> [asked(config, asks, known) for asks, known in ((1, 0.1), (-1, 0.9), (-1, 0.1), (-5, 0.9))]
+    [True, True, False, False]
+    """
+    return asks > config.asks or (known > config.knows and asks > config.asks - config.maybe)

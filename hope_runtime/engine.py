@@ -17,7 +17,7 @@ from torch import Tensor
 from hope_runtime import sampling
 from hope_runtime.cadence import completed, marked, until_boundary
 from hope_runtime.consolidation import consolidate, learnable
-from hope_runtime.draft import Draft
+from hope_runtime.draft import Draft, asked
 from hope_runtime.lanes import Lanes
 from hope_runtime.layers import recall
 from hope_runtime.layers.cms import Deltas
@@ -459,9 +459,9 @@ class Engine:
         if not bool(held.matrix.any()):
             return  # nothing was ever told: the base answers as it can
         found = self._found(held)
-        if float(found.asks[0, 0]) > config.asks:
+        known = float(self._model.likeness(found.read[0, 0]))
+        if asked(config, float(found.asks[0, 0]), known):
             end = min(self._tokenizer.stop_ids, default=0)
-            known = float(self._model.likeness(found.read[0, 0]))
             seat.draft = Draft(config, known, self._tokenizer.encode, end)
 
     def _recalled(self, seats: list[_Seat]) -> Tensor | None:
@@ -477,6 +477,9 @@ class Engine:
         found = self._found(Facts(*(t[rows] for t in held)))
         change = torch.zeros(len(seats), self._model.config.width, device=self._model.device)
         change[rows] = found.change[:, 0]
+        for row, like in zip(rows, self._model.likeness(found.read[:, 0]).tolist(), strict=True):
+            if (draft := seats[row].draft) is not None:
+                draft.see(like)
         return change
 
     def _found(self, held: Facts) -> Found:

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 SESSION = "nora"
 TOLD = (
-    "My dog is called Biscuit, and he is afraid of thunder.",
+    "My dog is called Biscuit.",
     "I work for a company called Zolfield Instruments.",
-    "By the way, my sister's name is Ingrid.",
+    "My sister's name is Ingrid.",
     "We spend our summers in a cottage in Trieste.",
 )
 ASKED = (
     "What is the name of my dog?",
     "Which company do I work for?",
     "What is my sister called?",
-    "What is my wife's name?",
+    "Where do we spend our summers?",
+    "What is my shoe size?",
     "What is the capital of France?",
 )
 _ANSWER = 32  # tokens

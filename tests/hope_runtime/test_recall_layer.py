@@ -304,6 +304,15 @@ def test_what_is_known_is_said_after_the_opening(checkpoint, weights):
     assert len(said) > len(CONFIG.opening)
 
 
+def test_an_answer_ends_where_what_follows_is_like_no_value(checkpoint, weights):
+    config = replace(KNOWS, ends=2.0)
+    engine = engine_of(model_with(checkpoint, always(weights), config), checkpoint)
+    [(state, said)] = ended(engine, turn("t", State(), WORDS, most=60))
+    assert said.startswith(CONFIG.opening)
+    assert said.endswith(".")
+    assert len(state.carry) == 1  # the reply was closed, and nothing of it is unread
+
+
 def test_an_empty_memory_leaves_the_answer_to_the_base(checkpoint, weights):
     engine = engine_of(model_with(checkpoint, always(weights), KNOWS_NOT), checkpoint)
     base = engine_of(Hope(checkpoint.config, checkpoint.weights), checkpoint)
