@@ -128,6 +128,7 @@ def initial(
         "output": value.T.clone(),
         "gate": drawn(config.gate, 2 * z + around, scale=(2 * z + around) ** -0.5),
         "gate_out": drawn(1, config.gate, scale=config.gate**-0.5),
+        "sense_out_bias": torch.tensor([-5.0, 0.0]),  # untrained, it never has the word
         "rate_bias": torch.full((1,), -2.0),
         "fading": torch.full((1,), -6.0),
         "sense": drawn(config.hidden, z + around, scale=both),
