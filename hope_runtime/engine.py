@@ -67,6 +67,7 @@ class Turn:
     stops: tuple[str, ...]
     learn: bool
     recalls: bool = True  # what a memory layer knows may answer
+    told: tuple[bool, ...] | None = None  # which of `given` may be a fact; None: all that count
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class _Seat:
     history: list[int] = field(default_factory=list)  # this reply, for the repetition penalty
     hidden: Tensor | None = None  # of the last given token, from which the first word is drawn
     next: int | None = None  # said, not yet read
+    told: deque[bool] = field(default_factory=deque)  # of `unread`: may it be a fact?
+    telling: list[bool] = field(default_factory=list)  # of what is read now; said: never
     draft: Draft | None = None  # the reply answers from what the memory layer knows
     surprise: float = 0.0
     said: int = 0
@@ -164,12 +167,14 @@ class Engine:
     def _admit(self) -> Iterator[Fact]:
         while self._waiting and len(self._seats) < self._lanes.count:
             turn, since = self._waiting[0]  # in line until seated: `abandon` must see it
+            told = turn.told if turn.told is not None else [w > 0 for _, w in turn.given]
             self._lanes.load(len(self._seats), turn.state)
             self._seats.append(
                 _Seat(
                     turn=turn,
                     state=replace(turn.state, carry=()),
                     unread=deque([*turn.state.carry, *turn.given]),
+                    told=deque([*(False for _ in turn.state.carry), *told]),
                     deltas=self._working(turn.state),
                     reply=Reply(self._tokenizer, turn.stops),
                     source=sampling.generator(turn.sampling),
@@ -356,6 +361,7 @@ class Engine:
                 levels = seat.state.under(config)
                 limit = min(limit, until_boundary(seat.state.position, levels) or limit)
             parts.append([seat.unread.popleft() for _ in range(limit)])
+            seat.telling = [seat.told.popleft() for _ in range(limit)]
         return parts
 
     def _begin(self, row: int) -> Iterator[Fact]:
@@ -366,6 +372,7 @@ class Engine:
         if not seat.turn.most:
             yield self._finish(row, Reason.LENGTH)
             return
+        seat.telling = []
         self._promote(row)
         row = self._speaking - 1
         self._begin_draft(row)
@@ -432,8 +439,8 @@ class Engine:
         if (held := self._lanes.facts(first, first + len(seats))) is not None:
             stated = torch.zeros(filled.shape, dtype=torch.bool)
             for row, (seat, part) in enumerate(zip(seats, parts, strict=True)):
-                if seat.turn.learn:
-                    stated[row, : len(part)] = torch.tensor([weight > 0 for _, weight in part])
+                if seat.turn.learn and seat.telling:
+                    stated[row, : len(part)] = torch.tensor(seat.telling)
             facts = model.state_facts(held, read, filled, stated.to(model.device), own)
             self._lanes.keep_facts(first, facts)
         return read

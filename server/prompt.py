@@ -70,6 +70,11 @@ class Prompter:
             sampling=ask.sampling,
             stops=ask.stops,
             learn=learn,
+            told=tuple(
+                span.role is Role.USER and rates.get(Role.USER, 0.0) > 0
+                for span in spans
+                for _ in span.ids
+            ),
             recalls=ask.mode is not Mode.OFF and base.key is not NOBODY,
         )
 

@@ -253,6 +253,16 @@ def test_a_turn_that_does_not_learn_writes_no_facts(model, checkpoint):
     assert not state.facts.matrix.any()
 
 
+def test_only_what_may_be_a_fact_is_written(model, checkpoint):
+    engine = engine_of(model, checkpoint)
+    told = (False,) * len(WORDS)
+    [(state, _)] = ended(engine, turn("t", State(), WORDS, told=told, said_weight=1.0))
+    assert not state.facts.matrix.any()  # a document's words, and what the model said
+    one = tuple(place < 30 for place in range(len(WORDS)))
+    [(state, _)] = ended(engine, turn("t", State(), WORDS, told=one))
+    assert state.facts.matrix.any()
+
+
 def test_facts_of_another_layer_are_refused(model, checkpoint):
     engine = engine_of(model, checkpoint)
     [(state, _)] = ended(engine, turn("t", State(), WORDS))
