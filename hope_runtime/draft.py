@@ -40,10 +40,14 @@ class Draft:
             encode(config.opening) if self.recalls else [*encode(config.unknown), end]
         )
 
-    def see(self, like: float) -> None:
-        """Look at how like a value the next token's read is; the reply ends where it is not."""
+    def see(self, like: float, last: int) -> None:
+        """Look at how like a value the next token's read is; the reply ends where it is not.
+
+        `last` is the token said before it.
+        """
         if self._begun and like < self._config.ends:
-            self.fixed.extend([*self._encode("."), self._end])
+            stop = [id for id in self._encode(".") if id != last]
+            self.fixed.extend([*stop, self._end])
         self._begun = True
 
 

@@ -486,7 +486,7 @@ class Engine:
         change[rows] = found.change[:, 0]
         for row, like in zip(rows, self._model.likeness(found.read[:, 0]).tolist(), strict=True):
             if (draft := seats[row].draft) is not None:
-                draft.see(like)
+                draft.see(like, seats[row].history[-1])
         return change
 
     def _found(self, held: Facts) -> Found:

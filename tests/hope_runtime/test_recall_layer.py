@@ -320,6 +320,7 @@ def test_an_answer_ends_where_what_follows_is_like_no_value(checkpoint, weights)
     [(state, said)] = ended(engine, turn("t", State(), WORDS, most=60))
     assert said.startswith(CONFIG.opening)
     assert said.endswith(".")
+    assert not said.endswith("..")
     assert len(state.carry) == 1  # the reply was closed, and nothing of it is unread
 
 
