@@ -17,6 +17,7 @@ from typing import Any
 
 from hope_runtime.ops.optimisers import RULES, STATELESS
 
+OPENING = "It's"  # what stands before what a memory layer answers, and is trained to follow
 WINDOW = 1024  # tokens of attention where nothing else is said
 
 
@@ -248,7 +249,7 @@ class RecallConfig:
     knows: float = 0.25  # and how like a value what was read has to be, to be an answer
     ends: float = 0.11  # below it what follows is no more of the value
     maybe: float = 2.0  # how far below `asks` a question may be whose answer is known
-    opening: str = "It's"  # what stands before an answer
+    opening: str = OPENING  # what stands before an answer
     unknown: str = "I don't know that yet."  # what is said where there is none
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from hope_runtime.state import State
 class Apart:
     """Frobenius norms over all tensors of one part of two states."""
 
-    name: str  # of a level; "memory" for the fast memory
+    name: str  # of a level; "memory" for the fast memory, "facts" for a memory layer's
     before: float
     after: float
     distance: float
@@ -32,6 +32,8 @@ def differences(before: State, after: State) -> list[Apart]:
     parts = [(name, _level(before, name), _level(after, name)) for name in names]
     if before.memories is not None or after.memories is not None:
         parts.append(("memory", _memory(before), _memory(after)))
+    if before.facts is not None or after.facts is not None:
+        parts.append(("facts", _facts(before), _facts(after)))
     return [
         Apart(name, _norm(one), _norm(other), _norm(_minus(other, one)))
         for name, one, other in parts
@@ -54,6 +56,10 @@ def _level(state: State, name: str) -> dict[str, Tensor]:
 
 def _memory(state: State) -> dict[str, Tensor]:
     return {} if state.memories is None else dict(state.memories._asdict())
+
+
+def _facts(state: State) -> dict[str, Tensor]:
+    return {} if state.facts is None else {"matrix": state.facts.matrix}
 
 
 def _minus(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,48 +16,51 @@ from hope_runtime.config import RecallConfig
 class Draft:
     """The reply to one question about the user.
 
-    >>> known = Draft(RecallConfig((0, 1)), 0.9, lambda text: [len(text)], 0)
+    >>> known = Draft(RecallConfig((0, 1)), 0.9, lambda text: [len(text)])
     >>> known.fixed, known.recalls
     (deque([4]), True)
-    >>> unknown = Draft(RecallConfig((0, 1)), 0.1, lambda text: [len(text)], 0)
-    >>> unknown.fixed, unknown.recalls
-    (deque([22, 0]), False)
+    >>> unknown = Draft(RecallConfig((0, 1)), 0.1, lambda text: [len(text)])
+    >>> unknown.fixed, unknown.recalls, unknown.over
+    (deque([22]), False, False)
     """
 
     def __init__(
-        self,
-        config: RecallConfig,
-        known: float,
-        encode: Callable[[str], Sequence[int]],
-        end: int,
+        self, config: RecallConfig, known: float, encode: Callable[[str], Sequence[int]]
     ) -> None:
-        """Decide by `known`, how like a value what was read is; `end` ends a reply."""
-        self._config, self._encode, self._end = config, encode, end
+        """Decide by `known`, how like a value what was read is."""
+        self._config, self._encode = config, encode
         self.recalls = known > config.knows
         self._begun = False  # a token of the value was said
-        # tokens that come first, whatever the model would say
-        self.fixed: deque[int] = deque(
-            encode(config.opening) if self.recalls else [*encode(config.unknown), end]
-        )
+        self._last = not self.recalls  # nothing follows what is fixed
+        # tokens that come next, whatever the model would say
+        self.fixed = deque(encode(config.opening if self.recalls else config.unknown))
 
-    def see(self, like: float, last: int) -> None:
+    @property
+    def over(self) -> bool:
+        """Whether all is said."""
+        return self._last and not self.fixed
+
+    def see(self, like: float, last: int | None) -> None:
         """Look at how like a value the next token's read is; the reply ends where it is not.
 
         `last` is the token said before it.
         """
         if self._begun and like < self._config.ends:
-            stop = [id for id in self._encode(".") if id != last]
-            self.fixed.extend([*stop, self._end])
+            self.fixed.extend(id for id in self._encode(".") if id != last)
+            self._last = True
         self._begun = True
 
 
-def asked(config: RecallConfig, asks: float, known: float) -> bool:
+def asked(config: RecallConfig, asks: float, known: Callable[[], float]) -> bool:
     """Tell whether memory has the word: the user asks for something about himself.
 
     In doubt, one that is known is such a question, and one that is not is left to the base.
 
     >>> config = RecallConfig((0, 1), asks=0.0, knows=0.25, maybe=2.0)
-    >>> [asked(config, asks, known) for asks, known in ((1, 0.1), (-1, 0.9), (-1, 0.1), (-5, 0.9))]
+    >>> pairs = ((1, 0.1), (-1, 0.9), (-1, 0.1), (-5, 0.9))
+    >>> [asked(config, asks, lambda: known) for asks, known in pairs]
     [True, True, False, False]
     """
-    return asks > config.asks or (known > config.knows and asks > config.asks - config.maybe)
+    if asks <= config.asks - config.maybe:
+        return False  # as nearly all are: how much is known need not be looked at
+    return asks > config.asks or known() > config.knows

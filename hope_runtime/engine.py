@@ -247,8 +247,13 @@ class Engine:
         if not bool(logits.isfinite().all()):
             yield self._fail(row)
             return
+        if seat.draft is not None and seat.draft.over:
+            seat.next = None
+            yield self._finish(row, Reason.STOP)
+            return
         if seat.draft is not None and seat.draft.fixed:
-            token, surprise = seat.draft.fixed.popleft(), 0.0
+            token = seat.draft.fixed.popleft()
+            surprise = sampling.surprise(logits.float().cpu(), token)
         else:
             token, surprise = sampling.sample(logits, seat.history, seat.turn.sampling, seat.source)
         seat.surprise += surprise
@@ -466,10 +471,12 @@ class Engine:
         if not bool(held.matrix.any()):
             return  # nothing was ever told: the base answers as it can
         found = self._found(held)
-        known = float(self._model.likeness(found.read[0, 0]))
+
+        def known() -> float:
+            return float(self._model.likeness(found.read[0, 0]))
+
         if asked(config, float(found.asks[0, 0]), known):
-            end = min(self._tokenizer.stop_ids, default=0)
-            seat.draft = Draft(config, known, self._tokenizer.encode, end)
+            seat.draft = Draft(config, known(), self._tokenizer.encode)
 
     def _recalled(self, seats: list[_Seat]) -> Tensor | None:
         """Return what the memory layer adds to the hidden state of each who speaks."""
@@ -486,7 +493,7 @@ class Engine:
         change[rows] = found.change[:, 0]
         for row, like in zip(rows, self._model.likeness(found.read[:, 0]).tolist(), strict=True):
             if (draft := seats[row].draft) is not None:
-                draft.see(like, seats[row].history[-1])
+                draft.see(like, seats[row].next)
         return change
 
     def _found(self, held: Facts) -> Found:

@@ -47,7 +47,16 @@ def sample(
     logits = logits.float().cpu()
     scores = _penalise(logits, history, settings.repetition_penalty)
     token = int(scores.argmax()) if settings.temperature == 0 else _draw(scores, settings, source)
-    return token, float(logits.logsumexp(-1) - logits[token])
+    return token, surprise(logits, token)
+
+
+def surprise(logits: Tensor, token: int) -> float:
+    """Return the nats that a token costs under logits [vocabulary].
+
+    >>> round(surprise(torch.zeros(4), 2), 4)
+    1.3863
+    """
+    return float(logits.logsumexp(-1) - logits[token])
 
 
 def _penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:

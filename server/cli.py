@@ -316,7 +316,8 @@ def _greet(
     kept = f" in {settings.data_dir}" if settings.store == "embedded" else ""
     kept += ", sealed" if settings.keyring else ""
     out.print(f"[bold]HOPE Server[/bold] serves [bold]{card.name}[/bold] on {address}")
-    out.print(f"  model   {card.dtype} on {card.device}, {card.mixers}, {learning}")
+    facts = ", a memory layer for facts" if card.config.recall else ""
+    out.print(f"  model   {card.dtype} on {card.device}, {card.mixers}, {learning}{facts}")
     out.print(f"  store   {durability.engine}, {durability.mode}{kept}")
     out.print(f"  chat    open {address} or run hope-chat; Ctrl-C stops ({took:.1f} s to start)")
     sys.stdout.flush()

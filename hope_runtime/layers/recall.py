@@ -67,7 +67,7 @@ class Weights(NamedTuple):
     mix_bias: Tensor  # [M]
     strength: Tensor  # [1, M]
     strength_bias: Tensor  # [1]
-    known: Tensor  # [1, M]: is what was read an answer?
+    known: Tensor  # [1, M]: is what was read an answer? Trained with; served is `likeness`
     known_size: Tensor  # [1]: by the logarithm of its length
     known_bias: Tensor  # [1]
     adapter: Tensor  # [width, M]: how answers are begun and ended

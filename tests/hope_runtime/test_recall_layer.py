@@ -8,6 +8,7 @@ import torch
 
 from hope_runtime.blobs import StateError
 from hope_runtime.config import ConfigError, RecallConfig
+from hope_runtime.difference import differences
 from hope_runtime.engine import Engine, Turn
 from hope_runtime.layers import recall
 from hope_runtime.model import Hope
@@ -261,6 +262,14 @@ def test_only_what_may_be_a_fact_is_written(model, checkpoint):
     one = tuple(place < 30 for place in range(len(WORDS)))
     [(state, _)] = ended(engine, turn("t", State(), WORDS, told=one))
     assert state.facts.matrix.any()
+
+
+def test_what_was_told_shows_in_the_difference_of_two_versions(model, checkpoint):
+    engine = engine_of(model, checkpoint)
+    [(state, _)] = ended(engine, turn("t", State(), WORDS))
+    [apart] = [each for each in differences(State(), state) if each.name == "facts"]
+    assert apart.before == 0.0
+    assert apart.after == apart.distance == pytest.approx(float(state.facts.matrix.norm()))
 
 
 def test_facts_of_another_layer_are_refused(model, checkpoint):

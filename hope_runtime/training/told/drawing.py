@@ -40,10 +40,8 @@ STAGES = (
     Stage(facts=(1, 3), filler=(0, 2), changes=0.1),
     Stage(facts=(2, 6), filler=(1, 6)),
     Stage(facts=(2, 10), filler=(1, 8)),
-    Stage(
-        facts=(2, 16), filler=(1, 8)
-    ),  # what is not written at all makes no distance: see `floor`
-)
+    Stage(facts=(2, 16), filler=(1, 8)),
+)  # no more filler than that: what is not written at all makes no distance (`RecallConfig.floor`)
 
 
 class Drawn(NamedTuple):

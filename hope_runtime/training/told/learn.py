@@ -130,6 +130,8 @@ def initial(
         "gate_out": drawn(1, config.gate, scale=config.gate**-0.5),
         "sense_out_bias": torch.tensor([-5.0, 0.0]),  # untrained, it never has the word
         "rate_bias": torch.full((1,), -2.0),
+        "known_size": torch.full((1,), 2.0),
+        "known_bias": torch.full((1,), 2.0),
         "fading": torch.full((1,), -6.0),
         "sense": drawn(config.hidden, z + around, scale=both),
         "mix": drawn(config.hidden, z + around, scale=both),

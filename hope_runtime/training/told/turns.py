@@ -14,6 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from hope_runtime.config import OPENING
 from hope_runtime.tokenizer import Message, Role, Tokenizer
 from hope_runtime.training.told import (
     Kind,
@@ -23,9 +24,6 @@ from hope_runtime.training.told import (
 )
 
 __all__ = ["Conversation", "Plan", "Said", "Turn", "What", "conversations", "plan"]
-
-
-OPENING = "It's"  # what an answer begins with, whatever was asked
 
 
 class What(IntEnum):

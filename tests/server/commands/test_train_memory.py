@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hope_runtime.weights.memory_layer import read_layer
 from server.cli import app
+from server.commands.demo import ASKED
 from server.loading import load
 from server.settings import Settings
 
@@ -123,3 +124,12 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_started(args, said):
     done = typed("eval", "memory", "--model", "random", *args)
     assert done.exit_code == 1
     assert said in done.stderr
+
+
+def test_the_demo_tells_kills_and_asks(trained):
+    done = typed("demo", "--model", "random", "--memory-layer", trained)
+    assert done.exit_code == 0, done.output
+    for words in ("tell", "read", "kill", "restart", "with its memory", "s in all"):
+        assert words in done.stdout
+    for question in ASKED:
+        assert question in done.stdout
