@@ -126,6 +126,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_started(args, said):
     assert said in done.stderr
 
 
+@pytest.mark.long
 def test_the_demo_tells_kills_and_asks(trained):
     done = typed("demo", "--model", "random", "--memory-layer", trained)
     assert done.exit_code == 0, done.output
