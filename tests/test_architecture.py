@@ -73,6 +73,7 @@ ONLY = {
         "server/commands/train_memory.py",
         "clients/chat.py",
     },
+    "clients.core": {"server/commands/memory.py"},  # how patient a client is
     "clients.sync": {  # they talk to a server of their own as a user would
         "server/commands/demo.py",
         "server/commands/memory.py",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,16 +139,14 @@ def _row(
     heard: Callable[[Answer], None],
 ) -> None:
     """Let everybody tell, kill the server, start it again, and ask everybody's questions."""
-    from clients.sync import Hope
     from hope_runtime.evaluation.told import filler
 
     with (
         tempfile.TemporaryDirectory(prefix="hope-eval-") as folder,
         Server(Path(folder), [*arguments, "--lanes", str(_AT_ONCE)]) as server,
-        ThreadPoolExecutor(_AT_ONCE) as threads,
     ):
         if "memory" in contenders:
-            with Hope(server.url) as hope:
+            with _talking(server) as (hope, threads):
                 told = [
                     threads.submit(_tell, hope, i, person, filler(chats, row.filler, seed, i))
                     for i, person in enumerate(people)
@@ -156,7 +155,7 @@ def _row(
                     each.result()
             server.kill()
             server.start()
-        with Hope(server.url) as hope:
+        with _talking(server) as (hope, threads):
             asked = [
                 threads.submit(_answer, hope, contender, i, person, question, fact)
                 for contender in contenders
@@ -165,6 +164,23 @@ def _row(
             ]
             for one in asked:
                 heard(one.result())
+
+
+@contextmanager
+def _talking(server: Server) -> Iterator[tuple[Hope, ThreadPoolExecutor]]:
+    """Give a client, and threads to talk through it; whoever breaks off waits for none of them."""
+    from clients.core import Patience
+    from clients.sync import Hope
+
+    with Hope(server.url, patience=Patience(tries=1)) as hope:
+        threads = ThreadPoolExecutor(_AT_ONCE)
+        try:
+            yield hope, threads
+        except BaseException:
+            server.kill()  # else all that was asked for would be answered first
+            raise
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _questions(person: Person) -> Iterator[tuple[str, Fact | str]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -134,3 +138,24 @@ def test_the_demo_tells_kills_and_asks(trained):
         assert words in done.stdout
     for question in ASKED:
         assert question in done.stdout
+
+
+def test_who_breaks_an_evaluation_off_waits_for_no_answer(trained, kinds, tmp_path):
+    command = [sys.executable, "-m", "server", "eval", "memory", "--model", "random"]
+    command += ["--memory-layer", trained, "--kinds", kinds, "--part", "fresh", "--facts", "2"]
+    command += ["--users", "400", "--filler", "400", "--contender", "memory"]
+    command += ["--out", tmp_path / "memory.json", "--serve", "--threads", "--serve", "1"]
+    environment = {**os.environ, **ENV, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not any(tmp_path.glob("hope-eval-*/data/*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(2.0)  # some talk by now
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+
+    assert process.returncode == 130
+    assert "stopped; what was done is kept" in said
+    assert not list(tmp_path.glob("hope-eval-*"))
