@@ -281,6 +281,7 @@ function showComposer() {
   element("stop").hidden = !replying;
   element("stop").disabled = current?.turn?.stopping ?? false;
   element("stop").textContent = current?.turn?.stopping ? "Stopping" : "Stop";
+  element("fresh").checked = current?.fresh ?? false;
 }
 
 function grow() {
@@ -405,6 +406,9 @@ document.addEventListener("keydown", (event) => {
   if (!closeDrawers()) current?.stop();
 });
 element("stop").addEventListener("click", () => current?.stop());
+element("fresh").addEventListener("change", ({ target }) => {
+  if (current) current.fresh = target.checked;
+});
 element("freeze").addEventListener("change", ({ target }) => freeze(target.checked));
 element("export").addEventListener("click", exportSession);
 element("new-session").addEventListener("click", beginSession);

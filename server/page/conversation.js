@@ -12,6 +12,7 @@ export class Conversation extends EventTarget {
     this.line = line;
     this.turn = null;
     this.loaded = false;
+    this.fresh = false; // the next message begins a new conversation
     this.element = make("ol", "log");
     this.element.setAttribute("role", "log");
     this.element.setAttribute("aria-label", `Talk with ${name}`);
@@ -57,7 +58,8 @@ export class Conversation extends EventTarget {
     const body = reply.querySelector(".body");
     reply.dataset.streaming = "";
     this.element.setAttribute("aria-busy", "true");
-    const shown = [message("user", text), reply];
+    const begun = this.fresh && turns > 0 ? [make("li", "begun", "a new conversation")] : [];
+    const shown = [...begun, message("user", text), reply];
     this.element.append(...shown);
     const id = `turn_${randomHex(16)}`;
     this.turn = { id, said: text, mode, turns, shown, reply, body, text: "", drawing: false };
@@ -69,7 +71,7 @@ export class Conversation extends EventTarget {
       conversation: this.name,
       input: text,
       include: ["hope:memory"],
-      memory: { mode },
+      memory: this.fresh ? { mode, window: "fresh" } : { mode },
     });
     this.#scroll(true);
     this.#changed();
@@ -120,6 +122,7 @@ export class Conversation extends EventTarget {
     const turn = this.turn;
     const whole = response.output.flatMap((item) => item.content).map((part) => part.text);
     turn.text = whole.join("") || turn.text;
+    if (response.memory?.outcome === "committed") this.fresh = false;
     turn.reply.append(make("p", "meta", fate(response)));
     this.#end();
     this.#scroll();

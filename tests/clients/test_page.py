@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,23 @@ def test_a_reply_is_shown_as_text_and_the_memory_follows(page, stand_in):
     assert page.locator(".level strong").all_inner_texts() == ["mid"]
     assert "12 s ago, at token 64" in page.locator(".level").inner_text()
     assert "durability: always" in page.locator("#foot").inner_text()
+
+
+def test_a_new_conversation_begins_with_a_fresh_window(page, stand_in):
+    sent = []
+    page.on("websocket", lambda line: line.on("framesent", lambda frame: sent.append(frame)))
+    page.goto(f"{stand_in.url}/")
+    connected(page)
+    for turn, fresh in enumerate((False, True, False), 1):
+        if fresh:
+            page.check("#fresh")
+        say(page, f"hello {turn}")
+        page.wait_for_selector(f"#fact-version:text-is('{turn}')")
+
+    asked = [json.loads(frame)["memory"] for frame in sent if "response.create" in frame]
+    assert [memory.get("window") for memory in asked] == [None, "fresh", None]
+    assert not page.is_checked("#fresh")
+    assert page.locator(".begun").inner_text() == "a new conversation"
 
 
 def test_escape_stops_a_reply_and_what_was_said_is_kept(page, stand_in):
