@@ -19,6 +19,7 @@ from hope_runtime.ops.optimisers import RULES, STATELESS
 
 OPENING = "It's"  # what stands before what a memory layer answers, and is trained to follow
 WINDOW = 1024  # tokens of attention where nothing else is said
+RANK = 32  # of what the slow level of a model learns, where its matrices are wide
 
 
 class Mixer(StrEnum):
@@ -241,7 +242,7 @@ class RecallConfig:
     attention: int = 256  # width of all of them
     keys: int = 256  # the memory is a matrix of values by keys
     values: int = 256
-    gate: int = 64
+    gate: int = 128
     hidden: int = 192
     floor: float = 0.02  # rates below it are none
     digest: str = ""  # names the trained layer: what it wrote, no other can read
@@ -428,8 +429,9 @@ class HopeConfig:
 
         The top quarter of the blocks learns: the upper half of it every 64 tokens, for as long as
         the window lasts, by steps of 4.2e-4 of the base's norm in which every row moves alike; the
-        lower half every 256 tokens, to stay, by steps of at most 3.6e-5. Windows too short for
-        these chunks get shorter ones. How they were chosen: docs/log.md.
+        lower half every 256 tokens, to stay, by steps of at most 3.6e-5, in thin factors where
+        these save something. Windows too short for these chunks get shorter ones. How they were
+        chosen: docs/log.md.
         """
         first = self.blocks - max(self.blocks // 4, min(2, self.blocks))
         middle = (first + self.blocks) // 2
@@ -449,7 +451,17 @@ class HopeConfig:
         ]
         if first < middle:
             lower = tuple(range(first, middle))
-            levels.append(LevelConfig("slow", 4 * fast, lower, rate=1.2e-4, retain=0.996, clip=0.3))
+            levels.append(
+                LevelConfig(
+                    "slow",
+                    4 * fast,
+                    lower,
+                    rate=1.2e-4,
+                    retain=0.996,
+                    clip=0.3,
+                    rank=RANK if self.width >= 8 * RANK else None,  # else it would save nothing
+                )
+            )
         return replace(self, levels=tuple(levels))
 
     def native(self) -> HopeConfig:

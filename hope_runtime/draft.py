@@ -40,15 +40,21 @@ class Draft:
         """Whether all is said."""
         return self._last and not self.fixed
 
-    def see(self, like: float, last: int | None) -> None:
+    def see(self, like: float, before: str, likely: str) -> None:
         """Look at how like a value the next token's read is; the reply ends where it is not.
 
-        `last` is the token said before it.
+        Args:
+            like: to the token that it is most like.
+            before: the text of the token said last.
+            likely: the text that the likeliest token would add to it.
         """
         if self._begun and like < self._config.ends:
-            self.fixed.extend(id for id in self._encode(".") if id != last)
+            self.fixed.extend(self._encode("." if not before.endswith(".") else ""))
             self._last = True
-        self._begun = True
+        if not self._begun and not before.endswith(" ") and likely[:1].isalnum():
+            self.fixed.extend(self._encode(" "))  # as before a number, whose digits have none
+        else:
+            self._begun = True
 
 
 def asked(config: RecallConfig, asks: float, known: Callable[[], float]) -> bool:

@@ -232,7 +232,7 @@ class Engine:
         tokens = [seat.next for seat in seats if seat.next is not None]
         weights = [seat.turn.said_weight for seat in seats]
         read = self._pass([[pair] for pair in zip(tokens, weights, strict=True)], 0, seats)
-        logits = self._model.logits(read.hidden[:, -1], self._recalled(seats))
+        logits = self._recalled(seats, self._model.logits(read.hidden[:, -1]))
         for row, seat in enumerate(seats):
             self._extend(row, read, row, [(tokens[row], seat.turn.said_weight)])
         facts: list[Fact] = []
@@ -255,7 +255,9 @@ class Engine:
             token = seat.draft.fixed.popleft()
             surprise = sampling.surprise(logits.float().cpu(), token)
         else:
-            token, surprise = sampling.sample(logits, seat.history, seat.turn.sampling, seat.source)
+            # what is known is not drawn by chance, nor held against an answer that it says it twice
+            how = seat.turn.sampling if seat.draft is None else Sampling(temperature=0.0)
+            token, surprise = sampling.sample(logits, seat.history, how, seat.source)
         seat.surprise += surprise
         if token in self._tokenizer.stop_ids:
             seat.next = None
@@ -473,13 +475,13 @@ class Engine:
         found = self._found(held)
 
         def known() -> float:
-            return float(self._model.likeness(found.read[0, 0]))
+            return float(self._model.likeness(found.read[0, 0]).max())
 
         if asked(config, float(found.asks[0, 0]), known):
             seat.draft = Draft(config, known(), self._tokenizer.encode)
 
-    def _recalled(self, seats: list[_Seat]) -> Tensor | None:
-        """Return what the memory layer adds to the hidden state of each who speaks."""
+    def _recalled(self, seats: list[_Seat], logits: Tensor) -> Tensor:
+        """Return logits with what memory says to those who answer from it."""
         rows = [
             row
             for row, seat in enumerate(seats)
@@ -487,14 +489,18 @@ class Engine:
         ]
         held = self._lanes.facts(0, len(seats))
         if not rows or held is None:
-            return None
+            return logits
         found = self._found(Facts(*(t[rows] for t in held)))
-        change = torch.zeros(len(seats), self._model.config.width, device=self._model.device)
-        change[rows] = found.change[:, 0]
-        for row, like in zip(rows, self._model.likeness(found.read[:, 0]).tolist(), strict=True):
-            if (draft := seats[row].draft) is not None:
-                draft.see(like, seats[row].next)
-        return change
+        alike = self._model.likeness(found.read[:, 0])
+        logits[rows] = self._model.recalled(logits[rows], alike)
+        for row, like, best in zip(rows, *(t.tolist() for t in alike.max(-1)), strict=True):
+            seat = seats[row]
+            assert seat.draft is not None
+            last = [] if seat.next is None else [seat.next]
+            before = self._tokenizer.decode(last)
+            said = self._tokenizer.decode([*last, best])
+            seat.draft.see(like, before, said.removeprefix(before))
+        return logits
 
     def _found(self, held: Facts) -> Found:
         assert self._model.recall is not None

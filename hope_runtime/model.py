@@ -107,6 +107,7 @@ class Hope:
         self.blocks = tuple(self._block(i) for i in range(config.blocks))
         self.frequency = attention.frequencies(config, self.device)
         self.recall = self._recall() if recall.NAME + "gain" in weights else None
+        self.codes = self._codes()  # what each token is written as, [V, R]
         self._weights = {}
 
     @property
@@ -185,6 +186,13 @@ class Hope:
             )
         )
 
+    def _codes(self) -> Tensor | None:
+        if self.recall is None:
+            return None
+        codes = recall.values(self.recall, self.embedding).to(self.dtype)
+        self._bytes += int(codes.nbytes)
+        return codes
+
     def no_facts(self, sessions: int) -> recall.Facts | None:
         """Return what the memory layer of sessions holds that have read nothing; None: no layer."""
         if self.recall is None or self.config.recall is None:
@@ -203,9 +211,9 @@ class Hope:
         return held._replace(around=torch.where(there, around, 0.0))
 
     def likeness(self, read: Tensor) -> Tensor:
-        """Return how like a single value what was read is (`layers.recall.likeness`)."""
-        assert self.recall is not None
-        return recall.likeness(self.recall, read, self.embedding, self.head)
+        """Return how like every token's value what was read is, [..., V] (`layers.recall`)."""
+        assert self.codes is not None
+        return recall.likeness(read, self.codes)
 
     def state_facts(
         self, held: recall.Facts, read: Read, tokens: Tensor, stated: Tensor, lengths: Tensor | None
@@ -231,15 +239,14 @@ class Hope:
         """Return [B, T, width] for token ids [B, T]."""
         return F.embedding(tokens, self.embedding)
 
-    def logits(self, hidden: Tensor, change: Tensor | None = None) -> Tensor:
-        """Return logits over the vocabulary, in float32 or more, for hidden states [..., width].
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits over the vocabulary, in float32 or more, for hidden states [..., width]."""
+        return widened(F.linear(norm(hidden, self.norm, self.config.norm_eps), self.head))
 
-        `change`, of the same shape, is what a memory layer adds to them once they are normed.
-        """
-        normed = norm(hidden, self.norm, self.config.norm_eps)
-        if change is not None:
-            normed = normed + change.to(normed.dtype)
-        return widened(F.linear(normed, self.head))
+    def recalled(self, logits: Tensor, likeness: Tensor) -> Tensor:
+        """Return logits [..., V] with what was read from memory, by its `likeness` to tokens."""
+        assert self.recall is not None
+        return recall.recalled(self.recall, logits, likeness)
 
     def run(
         self,

@@ -7,12 +7,12 @@ and itself for a value, into one matrix a session by the gated delta rule (`ops/
     S_t = retain_t S_{t-1} (I - rate_t k_t k_t^T) + rate_t v_t k_t^T
 
 A token is written once the next `ahead` are known: "I got sick from peanuts, that is my allergy"
-says only at its end what the peanuts are. What is read is added to the last hidden state, before
-the head that the value's embedding shares, behind one outer scalar: at zero the base is what it
-was, bit for bit.
+says only at its end what the peanuts are. What is read is compared with the value of every token,
+and added to the base's logits behind one outer scalar: at zero the base is what it was, bit for
+bit.
 
 Axes: B sessions, T tokens, W = behind + ahead tokens of context, F features, Z of them whitened,
-A width of the local attention, N width of a key, R width of a value.
+A width of the local attention, N width of a key, R width of a value, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from hope_runtime.ops import delta
 from hope_runtime.ops.collapsed import unit
 
 NAME = "recall."  # what the names of its tensors begin with
-FAVOURED = 64  # tokens that what was read is compared with
 CHUNK = 64  # tokens whose writes are solved for together
 HIDDEN = -1e9  # of attention to what is not there; no row is all of it, and none becomes NaN
 NOTHING = -1  # the token where there is none
@@ -51,26 +50,16 @@ class Weights(NamedTuple):
     write_key: Tensor  # [N, Z + A]
     read_key: Tensor  # [N, Z + A]
     value: Tensor  # [R, width]
-    output: Tensor  # [width, R]
     gate: Tensor  # [G, 2Z + A]: does the token state something?
     gate_bias: Tensor  # [G]
     gate_out: Tensor  # [1, G]
     rate_bias: Tensor  # [1]
     fading: Tensor  # [1]: what writing takes from the rest, before softplus
-    sense: Tensor  # [M, Z + A]: is it asked for, and does its value come next?
+    sense: Tensor  # [M, Z + A]: is the user asking for something about himself?
     sense_bias: Tensor  # [M]
-    sense_out: Tensor  # [2, M]
-    sense_out_bias: Tensor  # [2]
-    mix: Tensor  # [M, Z + A]
-    mix_read: Tensor  # [M, R]
-    mix_size: Tensor  # [M]: of the logarithm of the length of what was read
-    mix_bias: Tensor  # [M]
-    strength: Tensor  # [1, M]
-    strength_bias: Tensor  # [1]
-    known: Tensor  # [1, M]: is what was read an answer? Trained with; served is `likeness`
-    known_size: Tensor  # [1]: by the logarithm of its length
-    known_bias: Tensor  # [1]
-    adapter: Tensor  # [width, M]: how answers are begun and ended
+    sense_out: Tensor  # [1, M]
+    sense_out_bias: Tensor  # [1]
+    strength: Tensor  # []: the logarithm of the logits for a read that is exactly a token's value
     gain: Tensor  # []: the outer scalar
     spaced: Tensor  # [V] int32: the token that says the same after a space
     opens: Tensor  # [V] bool: a word that follows this token has no space before it
@@ -82,7 +71,7 @@ def shapes(
     """Yield name and shape of every tensor of `Weights`, for a base of this width."""
     z, around, behind = config.whitened, config.attention, config.behind + config.ahead
     features, keys, values = 2 * width, config.keys, config.values
-    gate, mix, heads = config.gate, config.hidden, config.heads
+    gate, hidden, heads = config.gate, config.hidden, config.heads
     yield "mean", (features,)
     yield "scale", (features,)
     yield "basis", (z - config.own, features)
@@ -96,26 +85,16 @@ def shapes(
     yield "write_key", (keys, z + around)
     yield "read_key", (keys, z + around)
     yield "value", (values, width)
-    yield "output", (width, values)
     yield "gate", (gate, 2 * z + around)
     yield "gate_bias", (gate,)
     yield "gate_out", (1, gate)
     yield "rate_bias", (1,)
     yield "fading", (1,)
-    yield "sense", (mix, z + around)
-    yield "sense_bias", (mix,)
-    yield "sense_out", (2, mix)
-    yield "sense_out_bias", (2,)
-    yield "mix", (mix, z + around)
-    yield "mix_read", (mix, values)
-    yield "mix_size", (mix,)
-    yield "mix_bias", (mix,)
-    yield "strength", (1, mix)
-    yield "strength_bias", (1,)
-    yield "known", (1, mix)
-    yield "known_size", (1,)
-    yield "known_bias", (1,)
-    yield "adapter", (width, mix)
+    yield "sense", (hidden, z + around)
+    yield "sense_bias", (hidden,)
+    yield "sense_out", (1, hidden)
+    yield "sense_out_bias", (1,)
+    yield "strength", ()
     yield "gain", ()
     yield "spaced", (vocabulary,)
     yield "opens", (vocabulary,)
@@ -138,12 +117,9 @@ class Facts(NamedTuple):
 class Found(NamedTuple):
     """What a token's read found; all [B, T, ...]."""
 
-    change: Tensor  # [width]: to be added to the normed last hidden state
     read: Tensor  # [R], S q
     query: Tensor  # [N], q
     asks: Tensor  # a logit: the user is asking for something about himself
-    slot: Tensor  # a logit: what was asked for comes next
-    known: Tensor  # a logit: what was read is it
 
 
 def empty(sessions: int, config: RecallConfig, like: Tensor) -> Facts:
@@ -332,48 +308,30 @@ def read(weights: Weights, matrix: Tensor, own: Tensor, around: Tensor, valid: T
     seen = local(F.linear(own, weights.reader), around, valid, weights.reader_bias)
     both = torch.cat([own, seen], -1)
     query = unit(F.linear(both, weights.read_key))
-    found = query @ matrix.mT
-    size = (found.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-    mixed = F.linear(both, weights.mix, weights.mix_bias) + F.linear(found, weights.mix_read)
-    length = size.log()
-    hidden = F.silu(mixed + length * weights.mix_size)
     sensed = F.linear(
         F.silu(F.linear(both, weights.sense, weights.sense_bias)),
         weights.sense_out,
         weights.sense_out_bias,
     )
-    strength = 3.0 * F.softplus(F.linear(hidden, weights.strength, weights.strength_bias))
-    # the adapter words the answer; at the value's first token memory alone has a say, or it would
-    # learn which values are usual
-    words = torch.sigmoid(-sensed[..., 1:].detach()) * F.linear(hidden, weights.adapter)
-    change = F.linear(strength * found, weights.output) + words
-    return Found(
-        change=weights.gain * change,
-        read=found,
-        query=query,
-        asks=sensed[..., 0],
-        slot=sensed[..., 1],
-        known=(F.linear(hidden, weights.known, weights.known_bias) + length * weights.known_size)[
-            ..., 0
-        ],
-    )
+    return Found(query @ matrix.mT, query, sensed[..., 0])
 
 
-def likeness(weights: Weights, read: Tensor, embedding: Tensor, head: Tensor) -> Tensor:
-    """Return how like what was read, [..., R], is to any token's value: 1 for a memory of it alone.
+def likeness(read: Tensor, codes: Tensor) -> Tensor:
+    """Return how like what was read, [..., R], is to the value of every token, [..., V].
 
-    What was never told recalls a little of everything, which is like nothing. Only the tokens that
-    the output favours are looked at.
+    The value of one token alone, written at a rate of one, is like itself by 1. What was never told
+    recalls a little of everything, which is like nothing.
 
     Args:
-        weights: of the layer.
         read: S q, [..., R].
-        embedding: of the base, [V, width].
-        head: of the base, [V, width].
+        codes: the tokens' `values`, [V, R].
     """
-    favoured = F.linear(F.linear(read, weights.output).to(head.dtype), head).float()
-    best = favoured.topk(min(FAVOURED, len(embedding))).indices
-    return (values(weights, embedding[best]) @ read[..., None])[..., 0].amax(-1)
+    return F.linear(read.to(codes.dtype), codes).float()
+
+
+def recalled(weights: Weights, logits: Tensor, alike: Tensor) -> Tensor:
+    """Return logits, [..., V], with what was read, by its `likeness` to every token."""
+    return logits + weights.gain * weights.strength.exp() * alike
 
 
 def last(weights: Weights, held: Facts) -> Found:

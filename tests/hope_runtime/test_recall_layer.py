@@ -159,14 +159,14 @@ def test_a_name_that_begins_a_message_is_written_with_its_space(untrained):
 
 
 def test_what_was_read_is_like_the_one_value_that_it_is(model, weights):
-    exact = weights._replace(output=torch.linalg.pinv(weights.value))
-    every = recall.values(exact, model.embedding)
-    one = recall.likeness(exact, every[7], model.embedding, model.head)
-    torch.testing.assert_close(float(one), 1.0)
-    mixed = every[:40].mean(0)
-    assert float(recall.likeness(exact, mixed, model.embedding, model.head)) < 0.8
-    both = recall.likeness(exact, torch.stack([every[7], mixed]), model.embedding, model.head)
-    assert both.shape == (2,)
+    codes = recall.values(weights, model.embedding)
+    alike = recall.likeness(codes[7], codes)
+    assert int(alike.argmax()) == 7
+    torch.testing.assert_close(float(alike.max()), 1.0)
+    mixed = codes[:40].mean(0)
+    assert float(recall.likeness(mixed, codes).max()) < 0.8
+    both = recall.likeness(torch.stack([codes[7], mixed]), codes)
+    assert both.shape == (2, len(codes))
 
 
 # --- within a session -------------------------------------------------------------------------
@@ -209,9 +209,10 @@ def test_an_untrained_layer_changes_nothing_bit_for_bit(checkpoint, untrained):
         assert said == heard
     assert torch.equal(one.pieces[-1].keys, other.pieces[-1].keys)
     assert other.facts is not None
-    hidden = torch.randn(3, bare.config.width)
-    zero = torch.zeros(3, bare.config.width) * untrained.gain
-    assert torch.equal(bare.logits(hidden), bare.logits(hidden, zero))
+    layered = model_with(checkpoint, untrained)
+    logits = bare.logits(torch.randn(3, bare.config.width))
+    alike = layered.likeness(torch.randn(3, CONFIG.values))
+    assert torch.equal(logits, layered.recalled(logits, alike))
 
 
 def test_facts_are_the_same_alone_and_in_a_batch_and_after_storage(model, checkpoint):
@@ -301,7 +302,7 @@ def test_a_session_without_facts_can_begin_to_have_some(model, checkpoint):
 def always(weights):
     """Return a layer that takes every turn for a question about the user."""
     return weights._replace(
-        sense_out=torch.zeros_like(weights.sense_out), sense_out_bias=torch.tensor([5.0, -5.0])
+        sense_out=torch.zeros_like(weights.sense_out), sense_out_bias=torch.tensor([5.0])
     )
 
 

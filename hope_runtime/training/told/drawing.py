@@ -23,6 +23,7 @@ from hope_runtime.training.told.turns import Turn, What
 T = TypeVar("T")
 ASKED = 8  # of a session's facts; more are told than asked for where there are many
 CONTRASTS = 4  # questions of a session for what was never told
+VALUE, NONE = 1, 0  # what should be read at a place of a reply: part of what was told, or nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class Stage:
     changes: float = 0.25  # share of facts that are told anew
     near: float = 0.6  # share of what was never told that has the values of what was
     renamed: float = 0.7  # share of facts whose value's tokens are replaced by any others
+    borrowed: float = 0.5  # share that is asked for as if for another value; its begin is learned
 
 
 STAGES = (
@@ -58,9 +60,10 @@ class Drawn(NamedTuple):
     around_valid: Tensor  # [Q, W - 1 + P]
     hidden: Tensor  # [Q, P, width]
     rivals: Tensor  # [Q, P, k]: what the base would rather say there
-    target: Tensor  # [Q, P]: the next token; NOTHING where there is none to learn
-    weight: Tensor  # [Q, P]
-    slot: Tensor  # [Q]: the place whose next token is the value's first
+    target: Tensor  # [Q, P]: the next token of a value; NOTHING where there is none
+    look: Tensor  # [Q, P]: VALUE or NONE; NOTHING where it does not matter
+    slot: Tensor  # [Q]: the place after the opening, where memory begins to speak
+    first: Tensor  # [Q]: the place whose next token is the value's first: a number's is one later
     place: Tensor  # [Q]: where the value's first token was told; 0 where it was not
     kind: Tensor  # [Q]: a number of the fact's kind
     known: Tensor  # [Q]: whether it was told
@@ -91,6 +94,7 @@ class Pool:
         self._asks: dict[tuple[str, str], list[Turn]] = defaultdict(list)
         self._talk: list[Turn] = []
         self._all_asks: list[Turn] = []
+        self._kind_asks: dict[str, list[Turn]] = defaultdict(list)
         for turn in features.turns:
             if turn.plan.what is What.TALK:
                 self._talk.append(turn)
@@ -106,10 +110,13 @@ class Pool:
             found[key].append(turn)
             if turn.plan.what is What.ASK:
                 self._all_asks.append(turn)
+                self._kind_asks[turn.plan.kind].append(turn)
         places = [turn.first - 1 - turn.asked for turn in self._all_asks]
         self._opening = min(places, default=0)  # tokens that stand before every answer
         self._values: dict[str, list[str]] = defaultdict(list)
+        self._told: dict[str, list[str]] = defaultdict(list)
         for kind, value in self._tells:
+            self._told[kind].append(value)
             if (kind, value) in self._asks:
                 self._values[kind].append(value)
         self.kinds = sorted(self._values)
@@ -137,35 +144,33 @@ class Pool:
         asked: list[tuple[Turn, Turn]] = []
         renamed: dict[int, dict[int, int]] = {}
         for kind in chosen:
-            value = _one(rng, self._values[kind])
+            borrowed = rng.random() < stage.borrowed
+            values = (self._told if borrowed else self._values)[kind]
+            value = _one(rng, values)
             told = _one(rng, self._tells[kind, value])
             if rng.random() < stage.changes:
-                others = [v for v in self._values[kind] if v != value]
-                later = [v for v in others if (kind, v) in self._changes]
+                first.append(told)
+                later = [v for v in values if v != value and (kind, v) in self._changes]
                 if later:
-                    first.append(told)
                     value = _one(rng, later)
                     told = _one(rng, self._changes[kind, value])
                     then.append(told)
-                else:
-                    first.append(told)
             else:
                 (first if rng.random() < 0.7 else then).append(told)
-            ask = _one(rng, self._asks[kind, value])
-            if self._same(told, ask):
+            ask = _one(rng, self._kind_asks[kind] if borrowed else self._asks[kind, value])
+            if ask.plan.value != told.plan.value or self._same(told, ask):
                 asked.append((told, ask))
         idle = [_one(rng, self._talk) for _ in range(filler) if self._talk]
         idle += [_one(rng, self._all_asks) for _ in range(1 + filler // 6)]
         stream = _mixed(rng, first, idle[: len(idle) // 2])
         stream += _mixed(rng, then, idle[len(idle) // 2 :])
-        for told, ask in asked:
+        for told, _ in asked:
             if rng.random() < stage.renamed:
-                ids = self.features.tokens[ask.first : ask.last].tolist()
-                fresh = {
+                ids = self.written[told.first : told.last].tolist()
+                renamed[told.start] = {
                     id: int(rng.integers(self._vocabulary // 20, self._vocabulary))
                     for id in set(ids)
                 }
-                renamed[told.start] = renamed[ask.start] = fresh
         if len(asked) > ASKED:
             asked = [asked[i] for i in rng.permutation(len(asked))[:ASKED]]
         unknown = [
@@ -241,8 +246,8 @@ class Pool:
         hidden = torch.zeros(len(asks), most, data.hidden.shape[1])
         rivals = torch.zeros(len(asks), most, self.rivals.shape[1], dtype=torch.int64)
         target = torch.full((len(asks), most), NOTHING)
-        weight = torch.zeros(len(asks), most)
-        slot = torch.zeros(len(asks), dtype=torch.int64)
+        look = torch.full((len(asks), most), NOTHING)
+        begins = torch.zeros(len(asks), dtype=torch.int64)
         for q, (b, turn, tell) in enumerate(asks):
             places = turn.end - 2 - turn.asked  # the last of them says that the reply ends
             begin = max(int(data.since[turn.asked]), turn.asked - context + 1)
@@ -250,26 +255,28 @@ class Pool:
             around[q, at : context - 1 + places] = data.seen[begin : turn.asked + places].float()
             around_valid[q, at : context - 1 + places] = True
             rows = data.replies[turn.asked : turn.asked + places]
-            hidden[q, :places] = data.hidden[rows].float()
+            hidden[q, 1:places] = data.hidden[rows[1:]].float()  # memory alone is asked at first
             rivals[q, :places] = self.rivals[rows]
-            target[q, :places] = data.tokens[turn.asked + 1 : turn.asked + 1 + places]
             first, last = turn.first - 1 - turn.asked, turn.last - 1 - turn.asked
-            weight[q, last:places] = 0.5  # the opening is given, and the end is to be found
-            slot[q] = first
-            if tell is not None:
-                weight[q, self._opening : first] = 1.0  # a number's space
-                weight[q, first:last] = 2.0
-                for id, other in sessions[b].renamed.get(turn.start, {}).items():
-                    was = data.tokens[turn.first : turn.last] == id
-                    target[q, first:last] = torch.where(was, other, target[q, first:last])
-            else:
-                weight[q, first:] = 0.0
+            begins[q] = first
+            look[q, 0] = look[q, self._opening : first + 1] = NONE if tell is None else VALUE
+            if tell is None:
+                continue
+            at = told_at[b, tell.start]
+            ids = tokens[b, at : at + tell.last - tell.first]
+            target[q, 0] = target[q, self._opening : first + 1] = ids[0]  # also a number's space
+            if tell.plan.value != turn.plan.value:
+                continue
+            target[q, first:last] = ids
+            look[q, first:last] = VALUE
+            if last < places:
+                look[q, last] = NONE  # the value ends
         talk, talk_valid = self._contexts(rng, 3 * len(sessions))
         return Drawn(
             seen, tokens, valid, valid, stated, told,
             torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, rivals,
-            target, weight,
-            slot,
+            target, look,
+            torch.full_like(begins, self._opening), begins,
             torch.tensor([0 if tell is None else told_at[b, tell.start] for b, _, tell in asks]),
             torch.tensor([self._number[turn.plan.kind] for _, turn, _ in asks]),
             torch.tensor([tell is not None for _, _, tell in asks]), talk, talk_valid,

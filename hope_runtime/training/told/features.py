@@ -22,7 +22,7 @@ from hope_runtime.layers import recall
 from hope_runtime.model import Hope, norm
 from hope_runtime.training.told.turns import Plan, Said, Turn, What
 
-BATCH = 4  # conversations read together
+BATCH = 2048  # tokens of the conversations that are read together, the shorter ones filled up
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,8 @@ def _asks(said: Said) -> bool:
 def _batches(said: Sequence[Said]) -> Iterable[list[Said]]:
     batch: list[Said] = []
     for one in said:
-        if batch and (len(batch) == BATCH or _asks(one) != _asks(batch[0])):
+        full = (len(batch) + 1) * len(one.tokens) > BATCH  # they come in the order of their lengths
+        if batch and (full or _asks(one) != _asks(batch[0])):
             yield batch
             batch = []
         batch.append(one)

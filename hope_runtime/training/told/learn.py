@@ -31,13 +31,15 @@ from hope_runtime.layers.recall import NOTHING, Weights
 from hope_runtime.ops import optimisers
 from hope_runtime.ops.collapsed import unit
 from hope_runtime.ops.optimisers import OptimiserState
-from hope_runtime.training.told.drawing import STAGES, Drawn, Pool, Stage
+from hope_runtime.training.told.drawing import STAGES, VALUE, Drawn, Pool, Stage
 
 FIXED = ("mean", "scale", "basis", "token_mean", "token_basis", "gain", "spaced", "opens")
 Noise = Callable[[Tensor], Tensor]
 TEMPERATURE = 0.1
 OTHERS = 1500  # tokens that no answer of a batch needs, among which it has to be found
 MISSED = 4.0  # how much worse it is not to write a value than to write what is none
+STRENGTH = 60.0  # where training begins
+KNOWN, CLEARLY = 0.25, 16.0  # what is known should be likelier a value than that; in logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def initial(
     """Return a layer that copies by likeness, behind a gain of zero.
 
     Keys and queries begin as the same whitened directions, values as the whitened embedding and
-    the output as its way back.
+    whatever is read is compared with them.
 
     Args:
         config: of the layer.
@@ -125,19 +127,13 @@ def initial(
         "write_key": key,
         "read_key": key.clone(),
         "value": value,
-        "output": value.T.clone(),
         "gate": drawn(config.gate, 2 * z + around, scale=(2 * z + around) ** -0.5),
         "gate_out": drawn(1, config.gate, scale=config.gate**-0.5),
-        "sense_out_bias": torch.tensor([-5.0, 0.0]),  # untrained, it never has the word
+        "sense_out_bias": torch.tensor([-5.0]),  # untrained, it never has the word
         "rate_bias": torch.full((1,), -2.0),
-        "known_size": torch.full((1,), 2.0),
-        "known_bias": torch.full((1,), 2.0),
         "fading": torch.full((1,), -6.0),
+        "strength": torch.tensor(STRENGTH).log(),
         "sense": drawn(config.hidden, z + around, scale=both),
-        "mix": drawn(config.hidden, z + around, scale=both),
-        "mix_read": drawn(config.hidden, config.values, scale=config.values**-0.5),
-        "strength": drawn(1, config.hidden, scale=0.3 * config.hidden**-0.5),
-        "strength_bias": torch.full((1,), 3.0),
         "spaced": _spaced(decoded, len(embedding)),
         "opens": torch.tensor([_opens(text) for text in decoded]),
     }
@@ -184,19 +180,13 @@ class Losses(NamedTuple):
     gate: Tensor
     sense: Tensor
     known: Tensor
-    contrast: Tensor
     match: Tensor
     copied: float  # share of known values whose tokens are all right, among the batch's tokens
 
     @property
     def total(self) -> Tensor:
         return (
-            self.answers
-            + 4.0 * self.gate
-            + 0.3 * self.sense
-            + 0.5 * self.known
-            + 0.2 * self.contrast
-            + 0.3 * self.match
+            self.answers + 4.0 * self.gate + 0.3 * self.sense + 0.25 * self.known + 0.3 * self.match
         )
 
 
@@ -239,55 +229,55 @@ def losses(
     around = noisy(batch.around)
     own = around[:, context - 1 :]
     with _fast():
-        context_of = F.linear(around, weights.context)
-    found = recall.read(weights, matrix[batch.session], own, context_of.float(), batch.around_valid)
-    rows = torch.arange(len(batch.slot))
-    learned = (batch.target != NOTHING) & (batch.weight > 0)
-    vocabulary, target = _vocabulary(
-        batch.target[learned], batch.rivals[learned], twins, len(embedding), chance
-    )
-    normed = (batch.hidden + found.change)[learned]
+        found = recall.read(
+            weights,
+            matrix[batch.session],
+            own,
+            F.linear(around, weights.context),
+            batch.around_valid,
+        )
+    vocabulary = _vocabulary(batch, twins, len(embedding), chance)
     with _fast():
-        logits = normed @ embedding[vocabulary].T
-    logits = logits.float()
-    weight = batch.weight[learned]
-    nats = F.cross_entropy(logits, target, reduction="none")
-    answers = (nats * weight).sum() / weight.sum()
+        codes = recall.values(weights, embedding[vocabulary])
+        alike = (found.read[batch.look != NOTHING] @ codes.T).float()
+    value = batch.look == VALUE
+    copying = value[batch.look != NOTHING]
+    target = torch.searchsorted(vocabulary, batch.target[value])
+    ours = alike[copying]
+    # what was told should be read clearly, and not whatever is read; what was not, not at all
+    clear = torch.cat([ours.gather(1, target[:, None])[:, 0], alike[~copying].amax(-1)])
+    known_loss = F.binary_cross_entropy_with_logits(
+        CLEARLY * (clear - KNOWN), torch.arange(len(clear)).lt(len(ours)).float()
+    )
+    with _fast():
+        logits = batch.hidden[value] @ embedding[vocabulary].T
+    logits = recall.recalled(weights, logits.float(), ours)
+    answers = F.cross_entropy(logits, target)
 
     with torch.no_grad():
         wrong = torch.zeros(batch.target.shape, dtype=torch.bool)
-        wrong[learned] = (logits.argmax(-1) != target) & (weight > 1.0)
+        wrong[value] = logits.argmax(-1) != target
+        wrong[:, 0] = False  # there it is asked whether memory knows, and nothing is said
         known = batch.known
         copied = float((~wrong.any(1))[known].float().mean()) if bool(known.any()) else math.nan
 
-    # whether it is known is asked where the reply begins; the value comes after the opening
-    both_places = torch.stack([torch.zeros_like(batch.slot), batch.slot])
-    size = found.read.square().sum(-1).add(1e-9).sqrt()[rows, both_places]
-    untold = ~batch.known
-    contrast = F.relu(size[:, untold] - 0.2).mean() if bool(untold.any()) else size.sum() * 0.0
-    known_loss = F.binary_cross_entropy_with_logits(
-        found.known[rows, both_places], batch.known.float().expand(2, -1)
-    )
-    # a slot is where the value comes next; a reply's other places are none
-    places = torch.arange(batch.target.shape[1])[None]
-    real = (batch.target != NOTHING) & (places <= batch.slot[:, None])
-    is_slot = (places == batch.slot[:, None]).float()
-    slot_loss = F.binary_cross_entropy_with_logits(found.slot[real], is_slot[real])
-    talk = recall.read(
-        weights,
-        torch.zeros(len(batch.talk), config.values, config.keys),
-        noisy(batch.talk[:, -1:]),
-        F.linear(noisy(batch.talk), weights.context),
-        batch.talk_valid,
-    )
-    asks = torch.cat([found.asks[:, 0], talk.asks[:, 0]])
+    with _fast():
+        talk = recall.read(
+            weights,
+            torch.zeros(len(batch.talk), config.values, config.keys),
+            noisy(batch.talk[:, -1:]),
+            F.linear(noisy(batch.talk), weights.context),
+            batch.talk_valid,
+        )
+    asks = torch.cat([found.asks[:, 0], talk.asks[:, 0]]).float()
     asked = torch.cat([torch.ones(len(found.asks)), torch.zeros(len(talk.asks))])
     ask_loss = F.binary_cross_entropy_with_logits(asks, asked)
     keys = unit(F.linear(both[batch.session, batch.place], weights.write_key))
+    rows = torch.arange(len(batch.slot))
     match = _match(found.query[:, 0], keys, batch) + _match(
         found.query[rows, batch.slot], keys, batch
     )
-    return Losses(answers, gate_loss, slot_loss + ask_loss, known_loss, contrast, match, copied)
+    return Losses(answers, gate_loss, ask_loss, known_loss, match, copied)
 
 
 def _match(queries: Tensor, keys: Tensor, batch: Drawn) -> Tensor:
@@ -298,7 +288,7 @@ def _match(queries: Tensor, keys: Tensor, batch: Drawn) -> Tensor:
     """
     known = batch.known.nonzero()[:, 0]
     kinds = batch.kind[known]
-    likeness = queries[known] @ keys[known].T / TEMPERATURE
+    likeness = queries[known].float() @ keys[known].T / TEMPERATURE
     own = torch.eye(len(known), dtype=torch.bool)
     likeness = likeness.masked_fill((kinds[:, None] == kinds) & ~own, recall.HIDDEN)
     place = torch.arange(len(known))
@@ -350,17 +340,18 @@ def remember(
     return recall.store(weights, start, chosen), gate, both
 
 
-def _vocabulary(
-    targets: Tensor, rivals: Tensor, twins: Tensor, size: int, chance: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return tokens that answers choose from, [v], and where each target is among them.
+def _vocabulary(batch: Drawn, twins: Tensor, size: int, chance: torch.Generator) -> Tensor:
+    """Return the tokens that answers choose from, [v], sorted.
 
-    They are the targets, those that look like them, what the base would rather say, and others.
+    They are all that was told, what is asked for, those that look like it, what the base would
+    rather say, and others.
     """
+    asked = batch.look == VALUE
+    targets = batch.target[asked].unique()
     others = torch.randint(size, (OTHERS,), generator=chance)
-    near = twins[targets.unique()].flatten()
-    tokens = torch.cat([targets, near, rivals.flatten(), others]).unique()
-    return tokens, torch.searchsorted(tokens, targets)
+    parts = (targets, twins[targets].flatten(), batch.rivals[asked].flatten(), others)
+    every: Tensor = torch.cat((*parts, batch.tokens[batch.told])).unique()
+    return every
 
 
 @torch.no_grad()

@@ -23,7 +23,11 @@ from hope_runtime.training.told.turns import Plan, Said, What, conversations, pl
 
 LENGTH = 480  # tokens of a conversation
 SAMPLE = 24  # conversations to whiten by
-TALK = 150  # lines of small talk in a shard with facts
+ASKS_ALONE, TELLS_ALONE, TALK_ALONE = (
+    0.6,
+    0.2,
+    0.5,
+)  # share that opens a conversation and is all of it
 CHATS = 900  # turns of a shard that other people had
 
 
@@ -62,14 +66,15 @@ def shard(
     """Return the conversations of one shard: every way to say everything, with other values."""
     rng = np.random.default_rng([seed, index])
     plans = plan(rng, kinds, 1)
-    said = talk()
-    said = [said[i] for i in rng.permutation(len(said))[: TALK if kinds else None]]
-    idle = [Plan(What.TALK, text, "Sure, let me think about that.") for text in said]
+    idle = [Plan(What.TALK, text, "Sure, let me think about that.") for text in talk()]
     asks = [one for one in plans if one.what is What.ASK]
     tells = [one for one in plans if one.what is not What.ASK]
-    cut = len(idle) // 2
-    found = list(conversations(rng, [*asks, *idle[:cut]], tokenizer, LENGTH))
-    found += conversations(rng, [*tells, *idle[cut:]], tokenizer, LENGTH)
+    found = []
+    for some, alone in ((asks, ASKS_ALONE), (tells, TELLS_ALONE), (idle, TALK_ALONE)):
+        cut = round(alone * len(some))
+        order = [some[i] for i in rng.permutation(len(some))]
+        found += list(conversations(rng, order[:cut], tokenizer, 0))
+        found += list(conversations(rng, order[cut:], tokenizer, LENGTH))
     for one in _excerpts(rng, chats):
         found += conversations(rng, one, tokenizer, LENGTH)
     return found

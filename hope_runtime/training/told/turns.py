@@ -128,7 +128,7 @@ def _values(rng: Generator, kind: Kind) -> tuple[list[str], list[str]]:
     """Draw a few values to train on, and fewer that are kept from it."""
     ours = [value for value in kind.values if not held_out_value(value)]
     theirs = [value for value in kind.values if held_out_value(value)]
-    return _some(rng, ours, 6), _some(rng, theirs or kind.values, 2)
+    return _some(rng, ours, 3), _some(rng, theirs or kind.values, 2)
 
 
 def _some(rng: Generator, of: Sequence[str], count: int) -> list[str]:

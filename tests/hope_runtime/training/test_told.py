@@ -21,7 +21,7 @@ from hope_runtime.training.told import (
     prepare,
     read,
 )
-from hope_runtime.training.told.drawing import Pool, Stage
+from hope_runtime.training.told.drawing import NONE, VALUE, Pool, Stage
 from hope_runtime.training.told.features import Features
 from hope_runtime.training.told.turns import What, conversations, plan
 from hope_runtime.weights.random import random_checkpoint, tiny_config
@@ -45,11 +45,11 @@ KINDS = tuple(
 
 def test_there_are_hundreds_of_kinds_each_in_the_words_of_many():
     every = kinds()
-    assert len(every) > 350
-    assert sum(len(kind.tells) for kind in every) > 6000
+    assert len(every) > 1500
+    assert sum(len(kind.tells) for kind in every) > 17000
     for kind in every:
-        assert len(kind.tells) >= 16
-        assert len(kind.asks) >= 12
+        assert len(kind.tells) >= 7
+        assert len(kind.asks) >= 6
         assert len({*kind.tells, *kind.asks}) == len(kind.tells) + len(kind.asks)
         for template in (*kind.tells, *kind.updates, *kind.answers):
             assert template.count("{}") == 1, (kind.name, template)
@@ -169,15 +169,29 @@ def test_a_session_asks_for_the_newest_value_and_for_what_was_never_told(pool):
         told[b] = set(batch.tokens[b][batch.told[b]].tolist())
     for q, session in enumerate(batch.session.tolist()):
         if batch.known[q]:
-            target = batch.target[q][batch.weight[q] > 1].tolist()
+            target = batch.target[q][batch.look[q] == VALUE].tolist()
             assert target
             assert set(target) <= told[session]
-            assert batch.weight[q, batch.slot[q]] > 1
+            assert batch.look[q, batch.slot[q]] == VALUE
         else:
-            assert not (batch.weight[q, batch.slot[q] :] > 0).any()
+            assert not (batch.look[q] == VALUE).any()
+            assert batch.look[q, 0] == batch.look[q, batch.slot[q]] == NONE
     assert batch.known.any()
     assert not batch.known.all()
-    assert ((batch.target != NOTHING) >= (batch.weight > 0)).all()
+    assert ((batch.target != NOTHING) == (batch.look == VALUE)).all()
+
+
+def test_a_question_that_was_put_for_another_value_teaches_where_the_answer_begins(pool):
+    """Its own words after that are not the answer's."""
+    stage = Stage(facts=(3, 3), filler=(0, 0), changes=0.0, borrowed=1.0, renamed=0.0)
+    batch = pool.draw(np.random.default_rng(2), 6, stage)
+    longer = 0
+    for q in batch.known.nonzero()[:, 0].tolist():
+        wanted = batch.target[q][batch.look[q] == VALUE]
+        begins = batch.tokens[batch.session[q], batch.place[q]]
+        assert (wanted == begins).any()
+        longer += len(set(wanted.tolist())) > 1
+    assert longer < int(batch.known.sum()) / 2
 
 
 def test_training_goes_on_after_a_stop_as_if_it_had_not_stopped(
@@ -213,12 +227,11 @@ def test_a_layer_learns_to_copy_what_it_was_told(pool, layer, config, model):
     recipe = learn.Recipe(steps=60, sessions=8, rate=3e-3, warmup=5, noise=0.0, dropout=0.0)
     embedding = model.embedding.float()
     near = learn.twins(embedding)
-    stage = Stage(facts=(2, 2), filler=(0, 0), changes=0.0, renamed=0.0)
+    stage = Stage(facts=(2, 2), filler=(0, 0), changes=0.0, renamed=0.0, borrowed=0.0)
 
     def judged(weights, *, told=True):
         batch = pool.draw(np.random.default_rng(5), 12, stage)
-        values = batch.weight * (batch.weight > 1)  # of answers, the values alone
-        batch = batch._replace(stated=batch.stated & told, weight=values)
+        batch = batch._replace(stated=batch.stated & told)
         found = learn.losses(
             config, weights, batch, embedding, near, torch.Generator().manual_seed(0)
         )

@@ -1,0 +1,52 @@
+"""A reply from memory: how it begins, where a space belongs, and where it ends."""
+
+from dataclasses import replace
+
+import pytest
+
+from hope_runtime.config import RecallConfig
+from hope_runtime.draft import Draft
+
+CONFIG = replace(RecallConfig((0, 1)), ends=0.2, knows=0.3)
+
+
+def encode(text):
+    return [ord(letter) for letter in text]
+
+
+@pytest.fixture
+def draft():
+    known = Draft(CONFIG, 0.9, encode)
+    known.fixed.clear()  # the opening was said
+    return known
+
+
+def test_a_number_gets_the_space_that_its_digits_do_not_have(draft):
+    draft.see(0.6, "It's", "4")
+    assert list(draft.fixed) == encode(" ")
+    draft.fixed.clear()
+    draft.see(0.6, " ", "4")
+    draft.see(0.6, "4", "2")
+    assert not draft.fixed
+    assert not draft.over
+
+
+def test_a_word_that_brings_its_space_gets_no_other(draft):
+    draft.see(0.6, "It's", " Rex")
+    assert not draft.fixed
+
+
+def test_a_reply_ends_where_what_is_read_is_like_no_value_but_says_something_first(draft):
+    draft.see(0.1, "It's", " Rex")
+    assert not draft.fixed
+    draft.see(0.1, " Rex", " Bella")
+    assert list(draft.fixed) == encode(".")
+    assert not draft.over
+    draft.fixed.clear()
+    assert draft.over
+
+
+def test_what_ends_with_a_stop_gets_no_other(draft):
+    draft.see(0.6, "It's", " Dr")
+    draft.see(0.1, " Dr.", " Who")
+    assert draft.over
