@@ -1,8 +1,8 @@
 """Kinds of facts that people tell a chat model about themselves, in the words of many.
 
-Each `*.toml` here holds kinds of one area of life: what the fact may be, seven ways or more to tell it,
-three to say that it has changed, twelve to ask for it, and two to answer. A share of the kinds, of
-the values and of the phrasings is kept from training, each by the hash of its text.
+Each `*.toml` here holds kinds of one area of life: what the fact may be, seven ways or more to
+tell it, two to say that it has changed, six to ask for it, and one to answer. A share of the kinds,
+of the values and of the phrasings is kept from training, each by the hash of its text.
 """
 
 from __future__ import annotations
