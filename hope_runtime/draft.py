@@ -40,15 +40,15 @@ class Draft:
         """Whether all is said."""
         return self._last and not self.fixed
 
-    def see(self, like: float, before: str, likely: str) -> None:
-        """Look at how like a value the next token's read is; the reply ends where it is not.
+    def see(self, lead: float, before: str, likely: str) -> None:
+        """Look at the next token; the reply ends where a stop is nearly as likely as any other.
 
         Args:
-            like: to the token that it is most like.
+            lead: of the likeliest token before a full stop, in logits.
             before: the text of the token said last.
             likely: the text that the likeliest token would add to it.
         """
-        if self._begun and like < self._config.ends:
+        if self._begun and lead < self._config.ends:
             self.fixed.extend(self._encode("." if not before.endswith(".") else ""))
             self._last = True
         if not self._begun and not before.endswith(" ") and likely[:1].isalnum():

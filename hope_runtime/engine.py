@@ -492,14 +492,16 @@ class Engine:
             return logits
         found = self._found(Facts(*(t[rows] for t in held)))
         alike = self._model.likeness(found.read[:, 0])
+        stop = logits[rows, self._tokenizer.encode(".")[-1]]  # as the base would have it
         logits[rows] = self._model.recalled(logits[rows], alike)
-        for row, like, best in zip(rows, *(t.tolist() for t in alike.max(-1)), strict=True):
+        best, leads = alike.argmax(-1).tolist(), (logits[rows].amax(-1) - stop).tolist()
+        for row, lead, likely in zip(rows, leads, best, strict=True):
             seat = seats[row]
             assert seat.draft is not None
             last = [] if seat.next is None else [seat.next]
             before = self._tokenizer.decode(last)
-            said = self._tokenizer.decode([*last, best])
-            seat.draft.see(like, before, said.removeprefix(before))
+            said = self._tokenizer.decode([*last, likely])
+            seat.draft.see(lead, before, said.removeprefix(before))
         return logits
 
     def _found(self, held: Facts) -> Found:

@@ -103,7 +103,7 @@ def _memory(to: Path, asked: dict[str, Any]) -> None:
     )
     progress = _run(to, config, recipe, layer, progress, pools, embedding)
     weights = learn.trained(layer, progress)
-    config = calibrated(config, weights, pools[1], embedding)
+    config = calibrated(config, weights, pools[1], embedding, tokenizer.encode(".")[-1])
     write_layer(to / FILE, card.fingerprint.partition("/")[0], config, weights)
     out.print(f"done: serve it with  hope serve --model {asked['base']} --memory-layer {to}")
 

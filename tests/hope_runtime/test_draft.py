@@ -7,7 +7,7 @@ import pytest
 from hope_runtime.config import RecallConfig
 from hope_runtime.draft import Draft
 
-CONFIG = replace(RecallConfig((0, 1)), ends=0.2, knows=0.3)
+CONFIG = replace(RecallConfig((0, 1)), ends=4.0, knows=0.3)
 
 
 def encode(text):
@@ -22,24 +22,24 @@ def draft():
 
 
 def test_a_number_gets_the_space_that_its_digits_do_not_have(draft):
-    draft.see(0.6, "It's", "4")
+    draft.see(9.0, "It's", "4")
     assert list(draft.fixed) == encode(" ")
     draft.fixed.clear()
-    draft.see(0.6, " ", "4")
-    draft.see(0.6, "4", "2")
+    draft.see(9.0, " ", "4")
+    draft.see(9.0, "4", "2")
     assert not draft.fixed
     assert not draft.over
 
 
 def test_a_word_that_brings_its_space_gets_no_other(draft):
-    draft.see(0.6, "It's", " Rex")
+    draft.see(9.0, "It's", " Rex")
     assert not draft.fixed
 
 
-def test_a_reply_ends_where_what_is_read_is_like_no_value_but_says_something_first(draft):
-    draft.see(0.1, "It's", " Rex")
+def test_a_reply_ends_where_a_stop_is_as_likely_but_says_something_first(draft):
+    draft.see(1.0, "It's", " Rex")
     assert not draft.fixed
-    draft.see(0.1, " Rex", " Bella")
+    draft.see(1.0, " Rex", " Bella")
     assert list(draft.fixed) == encode(".")
     assert not draft.over
     draft.fixed.clear()
@@ -47,6 +47,6 @@ def test_a_reply_ends_where_what_is_read_is_like_no_value_but_says_something_fir
 
 
 def test_what_ends_with_a_stop_gets_no_other(draft):
-    draft.see(0.6, "It's", " Dr")
-    draft.see(0.1, " Dr.", " Who")
+    draft.see(9.0, "It's", " Dr")
+    draft.see(1.0, " Dr.", " Who")
     assert draft.over

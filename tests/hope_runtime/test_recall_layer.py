@@ -306,7 +306,7 @@ def always(weights):
     )
 
 
-KNOWS, KNOWS_NOT = (replace(CONFIG, knows=least) for least in (-2.0, 2.0))
+KNOWS, KNOWS_NOT = (replace(CONFIG, knows=least, ends=0.0) for least in (-2.0, 2.0))
 
 
 def test_what_is_not_known_is_said_so_and_the_reply_ends(checkpoint, weights):
@@ -325,7 +325,7 @@ def test_what_is_known_is_said_after_the_opening(checkpoint, weights):
 
 
 def test_an_answer_ends_where_what_follows_is_like_no_value(checkpoint, weights):
-    config = replace(KNOWS, ends=2.0)
+    config = replace(KNOWS, ends=1e6)
     engine = engine_of(model_with(checkpoint, always(weights), config), checkpoint)
     [(state, said)] = ended(engine, turn("t", State(), WORDS, most=60))
     assert said.startswith(CONFIG.opening)

@@ -53,7 +53,7 @@ def judge(
         found = losses(config, weights, batch, embedding, near, torch.Generator().manual_seed(seed))
         copied.append(found.copied)
         loss.append(float(found.answers))
-        begin = _alike(config, weights, batch, embedding)[:, 0]
+        begin = _alike(config, weights, batch, embedding)[:, 0].amax(-1)
         told.append(begin[batch.known])
         untold.append(begin[~batch.known])
     ours, theirs = torch.cat(told), torch.cat(untold)
@@ -63,22 +63,33 @@ def judge(
 
 @torch.no_grad()
 def calibrated(
-    config: RecallConfig, weights: recall.Weights, pool: Pool, embedding: Tensor, seed: int = 0
+    config: RecallConfig,
+    weights: recall.Weights,
+    pool: Pool,
+    embedding: Tensor,
+    stop: int,
+    seed: int = 0,
 ) -> RecallConfig:
     """Return the configuration whose thresholds suit what a layer does with held-out facts.
 
     It answers one in ten of what was never told (`INVENTED`), and ends where, of all answers, the
-    fewest end too soon or too late.
+    fewest end too soon or too late: by how much the likeliest token leads before the full stop,
+    whose id is `stop`.
     """
     rng = np.random.default_rng(seed)
     untold, goes_on, ends = [], [], []
     for _ in range(2 * BATCHES):
         batch = pool.draw(rng, SESSIONS, _STAGE)
         alike = _alike(config, weights, batch, embedding)
-        untold.append(alike[:, 0][~batch.known])
-        begun = torch.arange(alike.shape[1]) > batch.first[:, None]
-        goes_on.append(alike[begun & (batch.look == VALUE)])
-        ends.append(alike[begun & (batch.look == NONE) & batch.known[:, None]])
+        looked = batch.look != NOTHING
+        best = alike.amax(-1)
+        untold.append(best[:, 0][~batch.known])
+        logits = batch.hidden[looked] @ embedding.T
+        lead = torch.full(looked.shape, torch.nan)
+        lead[looked] = recall.recalled(weights, logits, alike[looked]).amax(-1) - logits[:, stop]
+        begun = torch.arange(looked.shape[1]) > batch.first[:, None]
+        goes_on.append(lead[begun & (batch.look == VALUE)])
+        ends.append(lead[begun & (batch.look == NONE) & batch.known[:, None]])
     seen = torch.cat(untold)
     if not len(seen):
         return config
@@ -101,7 +112,7 @@ def _between(low: Tensor, high: Tensor) -> float:
 def _alike(
     config: RecallConfig, weights: recall.Weights, batch: Drawn, embedding: Tensor
 ) -> Tensor:
-    """Return how like the value of any token what is read is, [Q, P]."""
+    """Return how like every token's value what is read is, [Q, P, V], where it is looked at."""
     matrix, _, _ = remember(config, weights, batch, embedding)
     context = config.behind + config.ahead
     found = recall.read(
@@ -112,6 +123,6 @@ def _alike(
         batch.around_valid,
     )
     looked = batch.look != NOTHING
-    alike = torch.full(looked.shape, torch.nan)
-    alike[looked] = recall.likeness(found.read[looked], recall.values(weights, embedding)).amax(-1)
+    alike = torch.full((*looked.shape, len(embedding)), torch.nan)
+    alike[looked] = recall.likeness(found.read[looked], recall.values(weights, embedding))
     return alike
