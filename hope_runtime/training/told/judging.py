@@ -19,6 +19,7 @@ from hope_runtime.training.told.drawing import NONE, VALUE, Drawn, Pool, Stage
 from hope_runtime.training.told.learn import losses, remember
 
 INVENTED = 0.1  # share of what was never told that may be answered
+FLOOR = 0.25  # of rates, once nothing is learned: less would only wear down what was told
 BATCHES, SESSIONS = 4, 12
 _STAGE = Stage(
     facts=(4, 4), filler=(4, 4), renamed=0.0, near=0.1, borrowed=0.0
@@ -95,6 +96,7 @@ def calibrated(
         return config
     return replace(
         config,
+        floor=FLOOR,
         knows=round(float(seen.quantile(1.0 - INVENTED)), 4),
         ends=round(_between(torch.cat(ends), torch.cat(goes_on)), 4),
     )
