@@ -31,6 +31,7 @@ class Draft:
         self._config, self._encode = config, encode
         self.recalls = known > config.knows
         self._begun = False  # a token of the value was said
+        self._spaced = False  # and before it, a space that it does not have
         self._last = not self.recalls  # nothing follows what is fixed
         # tokens that come next, whatever the model would say
         self.fixed = deque(encode(config.opening if self.recalls else config.unknown))
@@ -51,8 +52,9 @@ class Draft:
         if self._begun and lead < self._config.ends:
             self.fixed.extend(self._encode("." if not before.endswith(".") else ""))
             self._last = True
-        if not self._begun and not before.endswith(" ") and likely[:1].isalnum():
+        if not (self._begun or self._spaced) and likely[:1].isalnum():
             self.fixed.extend(self._encode(" "))  # as before a number, whose digits have none
+            self._spaced = True
         else:
             self._begun = True
 

@@ -25,7 +25,7 @@ def test_a_number_gets_the_space_that_its_digits_do_not_have(draft):
     draft.see(9.0, "It's", "4")
     assert list(draft.fixed) == encode(" ")
     draft.fixed.clear()
-    draft.see(9.0, " ", "4")
+    draft.see(9.0, "", "4")  # some tokenizers say a space alone as nothing
     draft.see(9.0, "4", "2")
     assert not draft.fixed
     assert not draft.over

@@ -23,11 +23,8 @@ from hope_runtime.training.told.turns import Plan, Said, What, conversations, pl
 
 LENGTH = 480  # tokens of a conversation
 SAMPLE = 24  # conversations to whiten by
-ASKS_ALONE, TELLS_ALONE, TALK_ALONE = (
-    0.6,
-    0.2,
-    0.5,
-)  # share that opens a conversation and is all of it
+# share of what is said that opens a conversation and is all of it
+ASKS_ALONE, TELLS_ALONE, TALK_ALONE = 0.6, 0.2, 0.5
 CHATS = 900  # turns of a shard that other people had
 
 
