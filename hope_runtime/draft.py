@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from hope_runtime.config import RecallConfig
 
 
+LONGEST = 24  # tokens of a value; memory that says more goes round in a circle
+
+
 class Draft:
     """The reply to one question about the user.
 
@@ -30,7 +33,7 @@ class Draft:
         """Decide by `known`, how like a value what was read is."""
         self._config, self._encode = config, encode
         self.recalls = known > config.knows
-        self._begun = False  # a token of the value was said
+        self._said = 0  # tokens of the value
         self._spaced = False  # and before it, a space that it does not have
         self._last = not self.recalls  # nothing follows what is fixed
         # tokens that come next, whatever the model would say
@@ -49,14 +52,14 @@ class Draft:
             before: the text of the token said last.
             likely: the text that the likeliest token would add to it.
         """
-        if self._begun and lead < self._config.ends:
+        if self._said == LONGEST or (self._said and lead < self._config.ends):
             self.fixed.extend(self._encode("." if not before.endswith(".") else ""))
             self._last = True
-        if not (self._begun or self._spaced) and likely[:1].isalnum():
+        if not (self._said or self._spaced) and likely[:1].isalnum():
             self.fixed.extend(self._encode(" "))  # as before a number, whose digits have none
             self._spaced = True
         else:
-            self._begun = True
+            self._said += 1
 
 
 def asked(config: RecallConfig, asks: float, known: Callable[[], float]) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hope_runtime.config import RecallConfig
-from hope_runtime.draft import Draft
+from hope_runtime.draft import LONGEST, Draft
 
 CONFIG = replace(RecallConfig((0, 1)), ends=4.0, knows=0.3)
 
@@ -50,3 +50,11 @@ def test_what_ends_with_a_stop_gets_no_other(draft):
     draft.see(9.0, "It's", " Dr")
     draft.see(1.0, " Dr.", " Who")
     assert draft.over
+
+
+def test_what_goes_round_in_a_circle_ends(draft):
+    for _ in range(LONGEST):
+        draft.see(9.0, " Rex", " Rex")
+        assert not draft.fixed
+    draft.see(9.0, " Rex", " Rex")
+    assert list(draft.fixed) == encode(".")
