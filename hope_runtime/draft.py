@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 from hope_runtime.config import RecallConfig
 
-
 LONGEST = 24  # tokens of a value; memory that says more goes round in a circle
 
 
