@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
 
 _KEPT = 8  # kinds with something to judge by; fewer say nothing
 _SAVE_EVERY = 50  # steps
-_LOOK_EVERY = 100  # steps between two looks at facts that are kept from training
+_LOOK_EVERY = 200  # steps between two looks at facts that are kept from training
 
 
 def memory(
@@ -39,7 +40,7 @@ def memory(
         list[Path] | None,
         typer.Option(help="kinds of facts (.toml) in place of those that come with it; again"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="optimiser steps of the whole run")] = 2400,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps of the whole run")] = 4000,
     rounds: Annotated[int, typer.Option(min=1, help="times each phrasing is read by the base")] = 1,
     sessions: Annotated[int, typer.Option(min=1, help="sessions a step")] = 16,
     rate: Annotated[float, typer.Option(help="of AdamW")] = 1.5e-3,
@@ -192,17 +193,21 @@ def _run(
 
     file = to / "run.safetensors"
     near = learn.twins(embedding)
-    copied = 0.0
+    mean: dict[str, float] = {}  # of the last steps
     began = time.monotonic()
     with _bar("training", "steps") as bar, (to / "curve.jsonl").open("a") as curve:
         task = bar.add_task("", total=recipe.steps, completed=progress.step, note="")
         try:
             while progress.step < recipe.steps:
-                progress, found, norm = learn.advance(
+                progress, seen = learn.advance(
                     config, recipe, layer, progress, pools[0], embedding, near
                 )
-                copied = found.copied if not copied else 0.95 * copied + 0.05 * found.copied
-                bar.update(task, completed=progress.step, note=f"{copied:.1%} copied")
+                for name, value in zip(seen._fields, seen, strict=True):
+                    if not math.isnan(value):
+                        before = mean.get(name, value)
+                        mean[name] = 0.95 * before + 0.05 * value
+                doing = "copied" if "copied" in mean else "met"
+                bar.update(task, completed=progress.step, note=f"{mean[doing]:.1%} {doing}")
                 last = progress.step == recipe.steps
                 if progress.step % _SAVE_EVERY == 0 or last:
                     learn.save(file, config, recipe, layer, progress)
@@ -210,8 +215,7 @@ def _run(
                     weights = learn.trained(layer, progress)
                     note = {
                         "step": progress.step,
-                        "copied": round(copied, 4),
-                        "norm": round(norm, 3),
+                        **{name: round(value, 4) for name, value in mean.items()},
                         "seconds": round(time.monotonic() - began),
                         "held_out": asdict(judge(config, weights, pools[1], embedding, near)),
                     }

@@ -62,13 +62,26 @@ class Drawn(NamedTuple):
     rivals: Tensor  # [Q, P, k]: what the base would rather say there
     target: Tensor  # [Q, P]: the next token of a value; NOTHING where there is none
     look: Tensor  # [Q, P]: VALUE or NONE; NOTHING where it does not matter
-    slot: Tensor  # [Q]: the place after the opening, where memory begins to speak
     first: Tensor  # [Q]: the place whose next token is the value's first: a number's is one later
-    place: Tensor  # [Q]: where the value's first token was told; 0 where it was not
-    kind: Tensor  # [Q]: a number of the fact's kind
     known: Tensor  # [Q]: whether it was told
-    talk: Tensor  # [S, W, Z]: contexts that end where a reply to no question starts
-    talk_valid: Tensor  # [S, W]
+
+
+class Pairs(NamedTuple):
+    """Facts as they are told and as they are asked for, each alone, and what is neither.
+
+    Most pairs are of different kinds; two of one fact are of different tokens of its value.
+    """
+
+    told: Tensor  # [N, W + 1, Z] float16: what is said around a token of a value
+    told_valid: Tensor  # [N, W + 1]
+    asked: Tensor  # [N, W, Z]: up to the place of a reply where that token comes next
+    asked_valid: Tensor  # [N, W]
+    begins: Tensor  # [N] bool: where it is the reply's first place, and memory is asked if it knows
+    other: Tensor  # [M, W + 1, Z]: around tokens of the user's that are part of no fact
+    other_valid: Tensor  # [M, W + 1]
+    silent: Tensor  # [S, W, Z]: up to a place of a reply where nothing comes next that was told
+    silent_valid: Tensor  # [S, W]
+    starts: Tensor  # [S] bool: where that is the start of a reply to no question; else a value ends
 
 
 class Pool:
@@ -95,6 +108,7 @@ class Pool:
         self._talk: list[Turn] = []
         self._all_asks: list[Turn] = []
         self._kind_asks: dict[str, list[Turn]] = defaultdict(list)
+        self._kind_tells: dict[str, list[Turn]] = defaultdict(list)
         for turn in features.turns:
             if turn.plan.what is What.TALK:
                 self._talk.append(turn)
@@ -111,6 +125,8 @@ class Pool:
             if turn.plan.what is What.ASK:
                 self._all_asks.append(turn)
                 self._kind_asks[turn.plan.kind].append(turn)
+            else:
+                self._kind_tells[turn.plan.kind].append(turn)
         places = [turn.first - 1 - turn.asked for turn in self._all_asks]
         self._opening = min(places, default=0)  # tokens that stand before every answer
         self._values: dict[str, list[str]] = defaultdict(list)
@@ -120,7 +136,6 @@ class Pool:
             if (kind, value) in self._asks:
                 self._values[kind].append(value)
         self.kinds = sorted(self._values)
-        self._number = {kind: number for number, kind in enumerate(self.kinds)}
         self._family: dict[str, list[str]] = {}
         by_values: dict[tuple[str, ...], list[str]] = defaultdict(list)
         named = {kind.name: kind for kind in kinds}
@@ -271,31 +286,83 @@ class Pool:
             look[q, first:last] = VALUE
             if last < places:
                 look[q, last] = NONE  # the value ends
-        talk, talk_valid = self._contexts(rng, 3 * len(sessions))
         return Drawn(
             seen, tokens, valid, valid, stated, told,
             torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, rivals,
-            target, look,
-            torch.full_like(begins, self._opening), begins,
-            torch.tensor([0 if tell is None else told_at[b, tell.start] for b, _, tell in asks]),
-            torch.tensor([self._number[turn.plan.kind] for _, turn, _ in asks]),
-            torch.tensor([tell is not None for _, _, tell in asks]), talk, talk_valid,
+            target, look, begins,
+            torch.tensor([tell is not None for _, _, tell in asks]),
         )  # fmt: skip
 
-    def _contexts(self, rng: Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Return contexts in which a reply starts that answers no question about the user."""
-        data, context = self.features, self.config.behind + self.config.ahead
-        seen = torch.zeros(count, context, self.config.whitened)
-        valid = torch.zeros(count, context, dtype=torch.bool)
-        told = list(self._tells.values())
-        for row in range(count):
-            talk = self._talk and rng.random() < 0.6
-            turn = _one(rng, self._talk) if talk else _one(rng, _one(rng, told))
-            begin = max(int(data.since[turn.asked]), turn.asked - context + 1)
-            size = turn.asked + 1 - begin
-            seen[row, context - size :] = data.seen[begin : turn.asked + 1].float()
-            valid[row, context - size :] = True
-        return seen, valid
+    def pairs(self, rng: Generator, count: int) -> Pairs:
+        """Draw facts of `count` kinds, or of all there are, and a quarter as much else.
+
+        Half of the kinds are those most easily confused with the others.
+        """
+        told: list[int] = []
+        asked: list[int] = []
+        begins: list[bool] = []
+        others: list[int] = []
+        silent: list[int] = []
+        for kind in self._neighbours(rng, count):
+            tell = _one(rng, self._kind_tells[kind])
+            ask = _one(rng, self._kind_asks[kind])
+            places = (ask.asked, ask.asked + self._opening, ask.first - 1)
+            place = places[int(rng.integers(len(places)))]
+            told.append(tell.first)
+            asked.append(place)
+            begins.append(place == ask.asked)
+            value = _one(rng, self._values[kind])
+            tell, ask = _one(rng, self._tells[kind, value]), _one(rng, self._asks[kind, value])
+            if not self._same(tell, ask):
+                continue
+            later = int(rng.integers(1, tell.last - tell.first + 1))
+            if tell.first + later == tell.last:
+                silent.append(ask.last - 1)
+            else:
+                told.append(tell.first + later)
+                asked.append(ask.first - 1 + later)
+                begins.append(False)
+        ends = len(silent)
+        tells = list(self._tells.values())
+        for _ in range(max(count // 4, 1)):
+            of = self._talk if self._talk and rng.random() < 0.6 else _one(rng, tells)
+            turn = _one(rng, of)
+            silent.append(turn.asked)
+            free = self.features.stated[turn.start : turn.asked].clone()
+            if turn.first >= 0:
+                free[turn.first - turn.start : turn.last - turn.start] = False
+            if free.any():
+                others.append(turn.start + _one(rng, free.nonzero()[:, 0].tolist()))
+        behind, ahead = self.config.behind, self.config.ahead
+        return Pairs(
+            *self._windows(told, behind, ahead),
+            *self._windows(asked, behind + ahead - 1, 0),
+            torch.tensor(begins),
+            *self._windows(others, behind, ahead),
+            *self._windows(silent, behind + ahead - 1, 0),
+            torch.arange(len(silent)) >= ends,
+        )
+
+    def _neighbours(self, rng: Generator, count: int) -> list[str]:
+        """Draw kinds, with each one another that has the same values, where there is one."""
+        chosen: dict[str, None] = {}
+        for number in rng.permutation(len(self.kinds)):
+            if len(chosen) >= count:
+                break
+            kind = self.kinds[number]
+            chosen[kind] = None
+            chosen[_one(rng, self._family[kind])] = None
+        return list(chosen)[:count]
+
+    def _windows(self, places: Sequence[int], behind: int, ahead: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens around each place, and which of them there are."""
+        data = self.features
+        at = torch.tensor(places, dtype=torch.int64)[:, None]
+        around = at + torch.arange(-behind, ahead + 1)
+        inside = around.clamp(0, len(data.tokens) - 1)
+        # a conversation's tokens are those that started where this one did
+        valid = (around == inside) & (data.since[inside] == data.since[at])
+        return data.seen[inside], valid
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from hope_runtime.config import RecallConfig
 from hope_runtime.layers import recall
 from hope_runtime.layers.recall import NOTHING
 from hope_runtime.training.told.drawing import NONE, VALUE, Drawn, Pool, Stage
-from hope_runtime.training.told.learn import losses, remember
+from hope_runtime.training.told.learn import losses, meet, remember
 
 INVENTED = 0.1  # share of what was never told that may be answered
 FLOOR = 0.25  # of rates, once nothing is learned: less would only wear down what was told
@@ -30,6 +30,7 @@ _STAGE = Stage(
 class Judged:
     """What a layer does with facts it was not trained on."""
 
+    met: float  # share of questions that are more like their own fact than like any of many
     copied: float  # share of values, every token of them the best of all
     loss: float  # nats a token of an answer, among those of the batch
     apart: float  # chance that something told looks better known than something untold (AUC)
@@ -46,6 +47,8 @@ def judge(
 ) -> Judged:
     """Judge a layer on a pool."""
     rng = np.random.default_rng(seed)
+    pairs = pool.pairs(rng, len(pool.kinds))
+    met = meet(config, weights, pairs, torch.Generator().manual_seed(seed)).found
     copied, loss = [], []
     told: list[Tensor] = []
     untold: list[Tensor] = []
@@ -59,7 +62,7 @@ def judge(
         untold.append(begin[~batch.known])
     ours, theirs = torch.cat(told), torch.cat(untold)
     apart = (ours[:, None] > theirs[None]).float().mean()
-    return Judged(float(np.mean(copied)), float(np.mean(loss)), float(apart))
+    return Judged(met, float(np.mean(copied)), float(np.mean(loss)), float(apart))
 
 
 @torch.no_grad()
@@ -115,7 +118,7 @@ def _alike(
     config: RecallConfig, weights: recall.Weights, batch: Drawn, embedding: Tensor
 ) -> Tensor:
     """Return how like every token's value what is read is, [Q, P, V], where it is looked at."""
-    matrix, _, _ = remember(config, weights, batch, embedding)
+    matrix, _ = remember(config, weights, batch, embedding)
     context = config.behind + config.ahead
     found = recall.read(
         weights,

@@ -31,15 +31,17 @@ from hope_runtime.layers.recall import NOTHING, Weights
 from hope_runtime.ops import optimisers
 from hope_runtime.ops.collapsed import unit
 from hope_runtime.ops.optimisers import OptimiserState
-from hope_runtime.training.told.drawing import STAGES, VALUE, Drawn, Pool, Stage
+from hope_runtime.training.told.drawing import STAGES, VALUE, Drawn, Pairs, Pool, Stage
 
 FIXED = ("mean", "scale", "basis", "token_mean", "token_basis", "gain", "spaced", "opens")
 Noise = Callable[[Tensor], Tensor]
 TEMPERATURE = 0.1
 OTHERS = 1500  # tokens that no answer of a batch needs, among which it has to be found
-MISSED = 4.0  # how much worse it is not to write a value than to write what is none
+MISSED = 2.0  # how much worse it is not to write a value than to write what is none
+MEETING = 0.6  # share of the steps that learn from pairs alone, which cost a quarter
+PAIRS, FEWER = 256, 128  # kinds of facts a step, alone and beside sessions
 STRENGTH = 60.0  # where training begins
-KNOWN, CLEARLY = 0.25, 16.0  # what is known should be likelier a value than that; in logits
+KNOWN, CLEARLY = 0.35, 16.0  # what is known should be likelier a value than that; in logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,14 @@ class Recipe:
         rising = min(1.0, (step + 1) / max(self.warmup, 1))
         return rising * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
+    @property
+    def meeting(self) -> int:
+        """The number of steps that learn from pairs alone, before those with sessions."""
+        return round(MEETING * self.steps)
+
     def stage(self, step: int) -> Stage:
-        """Return how hard sessions are at a step: the first quarter climbs to the hardest."""
-        place = int(len(STAGES) * 4 * step / self.steps)
+        """Return how hard sessions are at a step: their first quarter climbs to the hardest."""
+        place = int(len(STAGES) * 4 * (step - self.meeting) / (self.steps - self.meeting))
         return STAGES[min(place, len(STAGES) - 1)]
 
 
@@ -178,16 +185,12 @@ class Losses(NamedTuple):
 
     answers: Tensor
     gate: Tensor
-    sense: Tensor
     known: Tensor
-    match: Tensor
     copied: float  # share of known values whose tokens are all right, among the batch's tokens
 
     @property
     def total(self) -> Tensor:
-        return (
-            self.answers + 4.0 * self.gate + 0.3 * self.sense + 0.25 * self.known + 0.3 * self.match
-        )
+        return self.answers + 4.0 * self.gate + 0.25 * self.known
 
 
 def losses(
@@ -214,11 +217,14 @@ def losses(
     """
 
     def noisy(x: Tensor) -> Tensor:
-        return x * kept + noise * torch.randn(x.shape, generator=chance)
+        return _noisy(x, kept, noise, chance)
 
-    kept = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
-    batch = _unheard(batch, chance, 2.0 * dropout)
-    matrix, gate, both = remember(config, weights, batch, embedding, noisy)
+    kept = _kept(config, chance, dropout)
+    batch = batch._replace(
+        heard=_some(batch.valid, chance, 2.0 * dropout),
+        around_valid=_some(batch.around_valid, chance, 2.0 * dropout),
+    )
+    matrix, gate = remember(config, weights, batch, embedding, noisy)
     judged = batch.stated & batch.valid
     labels = batch.told.float()
     gate_loss = F.binary_cross_entropy_with_logits(
@@ -261,51 +267,83 @@ def losses(
         known = batch.known
         copied = float((~wrong.any(1))[known].float().mean()) if bool(known.any()) else math.nan
 
-    with _fast():
-        talk = recall.read(
-            weights,
-            torch.zeros(len(batch.talk), config.values, config.keys),
-            noisy(batch.talk[:, -1:]),
-            F.linear(noisy(batch.talk), weights.context),
-            batch.talk_valid,
-        )
-    asks = torch.cat([found.asks[:, 0], talk.asks[:, 0]]).float()
-    asked = torch.cat([torch.ones(len(found.asks)), torch.zeros(len(talk.asks))])
-    ask_loss = F.binary_cross_entropy_with_logits(asks, asked)
-    keys = unit(F.linear(both[batch.session, batch.place], weights.write_key))
-    rows = torch.arange(len(batch.slot))
-    match = _match(found.query[:, 0], keys, batch) + _match(
-        found.query[rows, batch.slot], keys, batch
-    )
-    return Losses(answers, gate_loss, ask_loss, known_loss, match, copied)
+    return Losses(answers, gate_loss, known_loss, copied)
 
 
-def _match(queries: Tensor, keys: Tensor, batch: Drawn) -> Tensor:
+class Met(NamedTuple):
+    """What pairs lack, in nats."""
+
+    match: Tensor
+    gate: Tensor
+    sense: Tensor
+    found: float  # share of questions that are more like their own fact than like any other
+
+
+def meet(
+    config: RecallConfig,
+    weights: Weights,
+    pairs: Pairs,
+    chance: torch.Generator,
+    noise: float = 0.0,
+    dropout: float = 0.0,
+) -> Met:
     """Return how hard it is to tell, by a question's query, which of all facts it asks for.
 
-    InfoNCE (arXiv 1807.03748) over the facts of a batch, those of the same kind left out: what
-    memory recalls is a sum over all keys, and a query has to be near to its own only.
+    InfoNCE (arXiv 1807.03748), both ways: what memory recalls is a sum over all keys, and a query
+    has to be near to its own only; nor may it be near to what is no fact, or a key to a query where
+    nothing is asked.
+
+    Args:
+        config: of the layer.
+        weights: of the layer, those to learn with gradients.
+        pairs: facts as they are told and asked for.
+        chance: of the noise.
+        noise: on features.
+        dropout: share of the whitened directions that are hidden.
     """
-    known = batch.known.nonzero()[:, 0]
-    kinds = batch.kind[known]
-    likeness = queries[known].float() @ keys[known].T / TEMPERATURE
-    own = torch.eye(len(known), dtype=torch.bool)
-    likeness = likeness.masked_fill((kinds[:, None] == kinds) & ~own, recall.HIDDEN)
-    place = torch.arange(len(known))
-    return F.cross_entropy(likeness, place) if len(known) else queries.sum() * 0.0
+    kept = _kept(config, chance, dropout)
 
+    def noisy(x: Tensor) -> Tensor:
+        return _noisy(x, kept, noise, chance).bfloat16()
 
-def _unheard(batch: Drawn, chance: torch.Generator, share: float) -> Drawn:
-    """Return a batch in whose context words are missing, so that no single one decides."""
-
-    def some(valid: Tensor) -> Tensor:
-        return valid & (torch.rand(valid.shape, generator=chance) >= share)
-
-    return batch._replace(
-        heard=some(batch.valid),
-        around_valid=some(batch.around_valid),
-        talk_valid=some(batch.talk_valid),
+    written = noisy(torch.cat([pairs.told, pairs.other]))
+    heard = _some(torch.cat([pairs.told_valid, pairs.other_valid]), chance, 2.0 * dropout)
+    asked = noisy(torch.cat([pairs.asked, pairs.silent]))
+    valid = _some(torch.cat([pairs.asked_valid, pairs.silent_valid]), chance, 2.0 * dropout)
+    with _fast():
+        judged = recall.judged(weights, config, written, F.linear(written, weights.context), heard)
+        keys = unit(F.linear(judged.both[:, 0], weights.write_key))
+        nothing = torch.zeros(1, config.values, config.keys)
+        around = F.linear(asked, weights.context)
+        found = recall.read(weights, nothing, asked[:, -1:], around, valid)
+    count = len(pairs.told)
+    likeness = found.query[:, 0].float() @ keys.float().T / TEMPERATURE
+    own = torch.arange(count)
+    match = F.cross_entropy(likeness[:count], own) + F.cross_entropy(likeness[:, :count].T, own)
+    facts = torch.arange(len(keys)).lt(count).float()
+    sensed = torch.cat([pairs.begins, pairs.starts])
+    about = torch.arange(len(asked)).lt(count).float()
+    return Met(
+        match / 2,
+        F.binary_cross_entropy_with_logits(judged.gate[:, 0].float(), facts),
+        F.binary_cross_entropy_with_logits(found.asks[sensed, 0].float(), about[sensed]),
+        float((likeness[:count].argmax(1) == own).float().mean()),
     )
+
+
+def _kept(config: RecallConfig, chance: torch.Generator, dropout: float) -> Tensor:
+    kept: Tensor = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
+    return kept
+
+
+def _noisy(x: Tensor, kept: Tensor, noise: float, chance: torch.Generator) -> Tensor:
+    found: Tensor = torch.randn(x.shape, generator=chance).mul_(noise).addcmul_(x.float(), kept)
+    return found
+
+
+def _some(valid: Tensor, chance: torch.Generator, share: float) -> Tensor:
+    """Return a context in which words are missing, so that no single one decides."""
+    return valid & (torch.rand(valid.shape, generator=chance) >= share)
 
 
 def _fast() -> torch.autocast:
@@ -319,8 +357,8 @@ def remember(
     batch: Drawn,
     embedding: Tensor,
     noisy: Noise = lambda x: x,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sessions' memories [B, R, N], tokens' gates, and what their keys are made of."""
+) -> tuple[Tensor, Tensor]:
+    """Return the sessions' memories [B, R, N], and the gates of their tokens [B, T]."""
     tokens = batch.seen.shape[1] - config.ahead
     recent = F.pad(noisy(batch.seen), (0, 0, config.behind, 0))
     valid = F.pad(batch.heard, (config.behind, 0))
@@ -337,7 +375,7 @@ def remember(
     chosen = recall.writes(weights, both[rows, order], rate[rows, order], embedding[names])
     start = torch.zeros(len(rate), config.values, config.keys)
     gate = F.pad(found.gate.float(), (0, config.ahead))
-    return recall.store(weights, start, chosen), gate, both
+    return recall.store(weights, start, chosen), gate
 
 
 def _vocabulary(batch: Drawn, twins: Tensor, size: int, chance: torch.Generator) -> Tensor:
@@ -379,6 +417,14 @@ def rivals(hidden: Tensor, embedding: Tensor, count: int = 4) -> Tensor:
 # --- the run ----------------------------------------------------------------------------------
 
 
+class Step(NamedTuple):
+    """What a step saw."""
+
+    met: float  # share of questions that are most like their own fact, among all of the step's
+    copied: float  # share of known values of which every token was the best; nan without sessions
+    norm: float  # of the gradient
+
+
 def begin(weights: Weights, recipe: Recipe) -> Progress:
     """Return a run before its first step."""
     params = {n: t for n, t in weights._asdict().items() if n not in FIXED}
@@ -393,16 +439,25 @@ def advance(
     pool: Pool,
     embedding: Tensor,
     near: Tensor,
-) -> tuple[Progress, Losses, float]:
-    """Take one step; return also the norm of its gradient. `near` are `twins` of the embedding."""
+) -> tuple[Progress, Step]:
+    """Take one step; `near` are `twins` of the embedding."""
     chance = deepcopy(progress.chance)  # a step that is broken off has drawn nothing
-    batch = pool.draw(chance, recipe.sessions, recipe.stage(progress.step))
+    alone = progress.step < recipe.meeting
+    pairs = pool.pairs(chance, PAIRS if alone else FEWER)
+    batch = None if alone else pool.draw(chance, recipe.sessions, recipe.stage(progress.step))
     draws = torch.Generator().manual_seed(int(chance.integers(2**31)))
     params = {name: p.detach().requires_grad_() for name, p in progress.params.items()}
     weights = fixed._replace(**params, gain=torch.tensor(1.0))
-    found = losses(config, weights, batch, embedding, near, draws, recipe.noise, recipe.dropout)
+    met = meet(config, weights, pairs, draws, recipe.noise, recipe.dropout)
+    copied = math.nan
+    if batch is None:
+        total = met.match + met.gate + met.sense
+    else:
+        found = losses(config, weights, batch, embedding, near, draws, recipe.noise, recipe.dropout)
+        total = found.total + 4.0 * met.match + 0.3 * met.sense
+        copied = found.copied
     gradients = torch.autograd.grad(
-        found.total, list(params.values()), allow_unused=True, materialize_grads=True
+        total, list(params.values()), allow_unused=True, materialize_grads=True
     )
     clipped, norm = optimisers.clip_by_norm(dict(zip(params, gradients, strict=True)), recipe.clip)
     if not math.isfinite(float(norm)):
@@ -413,7 +468,8 @@ def advance(
             rate=recipe.at(progress.step) * recipe.rate,
         )  # fmt: skip
         after = optimisers.apply(progress.params, moved)
-    return Progress(progress.step + 1, after, moments, chance), found, float(norm)
+    then = Progress(progress.step + 1, after, moments, chance)
+    return then, Step(met.found, copied, float(norm))
 
 
 def _rule() -> optimisers.Optimiser:
