@@ -428,7 +428,7 @@ class HopeConfig:
         """Return this shape with the default levels: the paper's ad-hoc level stacking (7.3).
 
         The top quarter of the blocks learns: the upper half of it every 64 tokens, for as long as
-        the window lasts, by steps of 4.2e-4 of the base's norm in which every row moves alike; the
+        the window lasts, by steps of 1.3e-3 of the base's norm in which all weights move alike; the
         lower half every 256 tokens, to stay, by steps of at most 3.6e-5, in thin factors where
         these save something. Windows too short for these chunks get shorter ones. How they were
         chosen: docs/log.md.
@@ -442,10 +442,11 @@ class HopeConfig:
                 "fast",
                 fast,
                 upper,
-                rate=1.4e-3,
+                rate=4.2e-3,
                 retain=0.99,
                 clip=0.3,
-                optimiser="row_descent",
+                bound=0.13,  # what the three above allow at most
+                optimiser="factored_descent",
                 lasts=False,
             )
         ]

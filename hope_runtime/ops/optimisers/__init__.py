@@ -6,7 +6,11 @@ Each is a frozen dataclass of its hyper-parameters with `init(params) -> state` 
 """
 
 from hope_runtime.ops.optimisers.adam import Adam
-from hope_runtime.ops.optimisers.descent import DeltaGradientDescent, GradientDescent, RowDescent
+from hope_runtime.ops.optimisers.descent import (
+    DeltaGradientDescent,
+    FactoredDescent,
+    GradientDescent,
+)
 from hope_runtime.ops.optimisers.interface import (
     Decayed,
     Factors,
@@ -38,6 +42,7 @@ __all__ = [
     "DeepMomentum",
     "DeltaGradientDescent",
     "DeltaMomentum",
+    "FactoredDescent",
     "Factors",
     "Gradient",
     "GradientDescent",
@@ -49,7 +54,6 @@ __all__ = [
     "Params",
     "PreconditionedMomentum",
     "PrintedM3",
-    "RowDescent",
     "apply",
     "clip_by_norm",
     "flatten",

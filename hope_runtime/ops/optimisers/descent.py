@@ -46,22 +46,23 @@ class GradientDescent:
 
 
 @dataclass(frozen=True, slots=True)
-class RowDescent:
-    """W_i <- W_i - rate G_i / ||G_i|| for each row i (`naive.row_descent`).
+class FactoredDescent:
+    """W <- W - rate G / sqrt(V), V_ij = r_i c_j / mean(G^2) (`naive.factored_descent`).
 
-    Of all steps whose rows are at most `rate` long, it is the one that lowers the loss most.
-    Every output of a layer moves as far as every other, as under Adam, and nothing is remembered.
-    Rows whose gradient is far below the usual one stay nearly where they are.
+    r_i and c_j are the means of G^2 in row i and in column j: V is the matrix of rank one with
+    the same means, which Adafactor (arXiv 1804.04235, section 3) remembers in place of Adam's. Here
+    it is that of the gradient itself, so that every entry moves about as far as every other, as
+    under Adam, and nothing is remembered. What has no second axis moves by its own mean.
 
-    >>> rule = RowDescent()
+    >>> rule = FactoredDescent()
     >>> gradient = torch.tensor([[3.0, 4.0], [0.0, -2.0]])
     >>> updates, _ = rule.update({"w": gradient}, rule.init({}), rate=0.5)
     >>> updates["w"]
-    tensor([[-0.3000, -0.4000],
-            [-0.0000,  0.5000]])
+    tensor([[-0.5385, -0.4817],
+            [-0.0000,  0.6021]])
     """
 
-    floor: float = 1e-3  # of a row's length, as a share of the root of the rows' mean square
+    floor: float = 1e-3  # of the root of V, as a share of the root of the mean of G^2
 
     def init(self, params: Params) -> OptimiserState:
         return fresh(params)
@@ -76,9 +77,15 @@ class RowDescent:
     ) -> tuple[dict[str, Tensor], OptimiserState]:
         updates = {}
         for name, gradient in dense(gradients, state).items():
-            length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
-            usual = length.square().mean(-2, keepdim=True).sqrt() if gradient.dim() > 1 else length
-            updates[name] = -rate * gradient / torch.maximum(length, self.floor * usual + 1e-30)
+            square = gradient.square()
+            rows = square.mean(-1, keepdim=True)
+            if gradient.dim() > 1:
+                mean = rows.mean(-2, keepdim=True)
+                spread = rows * square.mean(-2, keepdim=True) / (mean + 1e-30)
+            else:
+                mean = spread = rows
+            spread = torch.maximum(spread, self.floor**2 * mean) + 1e-30
+            updates[name] = -rate * gradient / spread.sqrt()
         return updates, following(state)
 
 

@@ -35,10 +35,14 @@ def proximal_objective(new: Tensor, old: Tensor, gradient: Tensor, rate: float) 
     return (gradient * new).sum() + (new - old).square().sum() / (2.0 * rate)
 
 
-def row_descent(old: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """Return the W' of least <G, W'> with ||W'_i - W_i|| <= rate for every row i, one by one."""
-    rows = zip(old, gradient, strict=True)
-    return torch.stack([row - rate * g / torch.sqrt((g * g).sum()) for row, g in rows])
+def factored_descent(old: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """W'_ij = W_ij - rate G_ij / sqrt(r_i c_j / mean(G^2)), entry by entry."""
+    new, mean = old.clone(), (gradient * gradient).mean()
+    for i, row in enumerate(gradient):
+        for j, column in enumerate(gradient.T):
+            spread = (row * row).mean() * (column * column).mean() / mean
+            new[i, j] = old[i, j] - rate * gradient[i, j] / torch.sqrt(spread)
+    return new
 
 
 def delta_objective(

@@ -6,7 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from hope_runtime.ops.optimisers.adam import Adam
-from hope_runtime.ops.optimisers.descent import DeltaGradientDescent, GradientDescent, RowDescent
+from hope_runtime.ops.optimisers.descent import (
+    DeltaGradientDescent,
+    FactoredDescent,
+    GradientDescent,
+)
 from hope_runtime.ops.optimisers.interface import Decayed, Optimiser
 from hope_runtime.ops.optimisers.momentum import (
     DeepMomentum,
@@ -18,7 +22,7 @@ from hope_runtime.ops.optimisers.orthogonal import M3, Muon, PrintedM3
 
 RULES: Mapping[str, Callable[..., Optimiser]] = {
     "gradient_descent": GradientDescent,
-    "row_descent": RowDescent,
+    "factored_descent": FactoredDescent,
     "delta_gradient_descent": DeltaGradientDescent,
     "momentum": Momentum,
     "preconditioned_momentum": PreconditionedMomentum,
@@ -30,7 +34,7 @@ RULES: Mapping[str, Callable[..., Optimiser]] = {
     "adam": Adam,
     "adamw": Adam,
 }
-STATELESS = ("gradient_descent", "row_descent")  # what they did before makes no difference
+STATELESS = ("gradient_descent", "factored_descent")  # what they did before makes no difference
 _DECAY = {"adamw": 0.01}  # as torch.optim.AdamW; all others decay only when told to
 
 

@@ -20,6 +20,7 @@ from hope_runtime.ops.optimisers import (
     DeepMomentum,
     DeltaGradientDescent,
     DeltaMomentum,
+    FactoredDescent,
     Factors,
     GradientDescent,
     Momentum,
@@ -27,7 +28,6 @@ from hope_runtime.ops.optimisers import (
     OptimiserState,
     PreconditionedMomentum,
     PrintedM3,
-    RowDescent,
     apply,
     clip_by_norm,
     flatten,
@@ -154,7 +154,7 @@ def test_half_precision_is_remembered_in_single(name):
 # a rate for each rule, and what may be left of the loss after 200 steps
 LEARNS = {
     "gradient_descent": (0.5, 0.02),
-    "row_descent": (0.05, 0.05),  # steps of one size come no nearer than their size
+    "factored_descent": (0.02, 0.05),  # steps of one size come no nearer than their size
     "delta_gradient_descent": (0.5, 0.3),  # half-way: what it erases balances what it writes
     "momentum": (0.1, 0.02),
     "preconditioned_momentum": (0.003, 0.02),
@@ -204,18 +204,23 @@ def test_nothing_stops_a_gradient_through_the_update():
 # gradient descent and the delta rule
 
 
-def test_row_descent_is_the_best_step_whose_rows_are_no_longer():
+def test_factored_descent_moves_every_row_and_column_alike():
     old, gradient = random(5, 7, dtype=DOUBLE), random(5, 7, seed=1, dtype=DOUBLE)
-    updates, _ = RowDescent().update({"w": gradient}, RowDescent().init({"w": old}), rate=0.3)
+    uneven = gradient * torch.logspace(-2, 0, 5, dtype=DOUBLE)[:, None]
+    rule = FactoredDescent()
+    updates, _ = rule.update({"w": uneven}, rule.init({"w": old}), rate=0.3)
 
-    assert torch.allclose(old + updates["w"], naive.row_descent(old, gradient, 0.3))
-    best = float((gradient * updates["w"]).sum())
-    for seed in range(20):
-        other = random(5, 7, seed=2 + seed, dtype=DOUBLE)
-        other = 0.3 * other / other.norm(dim=-1, keepdim=True)
-        assert float((gradient * other).sum()) > best
-    still, _ = RowDescent().update({"w": 0.0 * gradient}, RowDescent().init({"w": old}), rate=0.3)
-    assert not still["w"].any()
+    assert torch.allclose(old + updates["w"], naive.factored_descent(old, uneven, 0.3))
+    square = uneven.square()
+    fit = square.mean(1, keepdim=True) * square.mean(0, keepdim=True) / square.mean()
+    assert torch.allclose(0.09 * square / updates["w"].square(), fit)
+    assert torch.allclose(fit.mean(1), square.mean(1))
+    assert torch.allclose(fit.mean(0), square.mean(0))
+    rows = updates["w"].square().mean(1).sqrt()
+    assert float(rows.max() / rows.min()) < 1.7  # the gradient's differ a hundredfold
+    for still in ({"w": 0.0 * gradient}, {"b": torch.zeros(3)}):
+        updates, _ = rule.update(still, rule.init({}), rate=0.3)
+        assert not any(update.any() for update in updates.values())
 
 
 def test_gradient_descent_is_the_minimum_near_the_old_weights():
