@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ class Engine:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._full_stop = tokenizer.encode(".")[-1:]  # where answers of memory end
         self._lanes = Lanes(model, lanes)
         self._clock = clock
         self._waiting: deque[tuple[Turn, float]] = deque()  # and since when
@@ -474,6 +476,7 @@ class Engine:
             return  # nothing was ever told: the base answers as it can
         found = self._found(held)
 
+        @cache
         def known() -> float:
             return float(self._model.likeness(found.read[0, 0]).max())
 
@@ -492,7 +495,7 @@ class Engine:
             return logits
         found = self._found(Facts(*(t[rows] for t in held)))
         alike = self._model.likeness(found.read[:, 0])
-        stop = logits[rows, self._tokenizer.encode(".")[-1]]  # as the base would have it
+        stop = logits[rows, self._full_stop[0]]  # as the base would have it
         logits[rows] = self._model.recalled(logits[rows], alike)
         best, leads = alike.argmax(-1).tolist(), (logits[rows].amax(-1) - stop).tolist()
         for row, lead, likely in zip(rows, leads, best, strict=True):

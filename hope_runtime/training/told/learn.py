@@ -38,7 +38,7 @@ Noise = Callable[[Tensor], Tensor]
 TEMPERATURE = 0.1
 OTHERS = 1500  # tokens that no answer of a batch needs, among which it has to be found
 MISSED = 2.0  # how much worse it is not to write a value than to write what is none
-MEETING = 0.6  # share of the steps that learn from pairs alone, which cost a quarter
+MEETING = 0.6  # share of the steps that learn from pairs alone, which cost less than half
 PAIRS, FEWER = 256, 128  # kinds of facts a step, alone and beside sessions
 STRENGTH = 60.0  # where training begins
 KNOWN, CLEARLY = 0.35, 16.0  # what is known should be likelier a value than that; in logits
@@ -215,11 +215,7 @@ def losses(
         noise: on features.
         dropout: share of the whitened directions that are hidden.
     """
-
-    def noisy(x: Tensor) -> Tensor:
-        return _noisy(x, kept, noise, chance)
-
-    kept = _kept(config, chance, dropout)
+    noisy = _noise(config, chance, noise, dropout)
     batch = batch._replace(
         heard=_some(batch.valid, chance, 2.0 * dropout),
         around_valid=_some(batch.around_valid, chance, 2.0 * dropout),
@@ -301,14 +297,10 @@ def meet(
         noise: on features.
         dropout: share of the whitened directions that are hidden.
     """
-    kept = _kept(config, chance, dropout)
-
-    def noisy(x: Tensor) -> Tensor:
-        return _noisy(x, kept, noise, chance).bfloat16()
-
-    written = noisy(torch.cat([pairs.told, pairs.other]))
+    noisy = _noise(config, chance, noise, dropout)
+    written = noisy(torch.cat([pairs.told, pairs.other])).bfloat16()
     heard = _some(torch.cat([pairs.told_valid, pairs.other_valid]), chance, 2.0 * dropout)
-    asked = noisy(torch.cat([pairs.asked, pairs.silent]))
+    asked = noisy(torch.cat([pairs.asked, pairs.silent])).bfloat16()
     valid = _some(torch.cat([pairs.asked_valid, pairs.silent_valid]), chance, 2.0 * dropout)
     with _fast():
         judged = recall.judged(weights, config, written, F.linear(written, weights.context), heard)
@@ -331,14 +323,16 @@ def meet(
     )
 
 
-def _kept(config: RecallConfig, chance: torch.Generator, dropout: float) -> Tensor:
-    kept: Tensor = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
-    return kept
+def _noise(config: RecallConfig, chance: torch.Generator, noise: float, dropout: float) -> Noise:
+    """Return what hides the same share of directions in all features, and adds noise to them."""
+    kept = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
 
+    def noisy(x: Tensor) -> Tensor:
+        drawn = torch.randn(x.shape, generator=chance)
+        found: Tensor = drawn.mul_(noise).addcmul_(x.float(), kept)
+        return found
 
-def _noisy(x: Tensor, kept: Tensor, noise: float, chance: torch.Generator) -> Tensor:
-    found: Tensor = torch.randn(x.shape, generator=chance).mul_(noise).addcmul_(x.float(), kept)
-    return found
+    return noisy
 
 
 def _some(valid: Tensor, chance: torch.Generator, share: float) -> Tensor:
