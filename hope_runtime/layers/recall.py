@@ -187,7 +187,8 @@ def local(query: Tensor, context: Tensor, valid: Tensor, bias: Tensor) -> Tensor
         torch.arange(span, device=query.device) - torch.arange(block, device=query.device)[:, None]
     )
     near = (place >= 0) & (place < window)
-    offsets = torch.where(near, bias[:, place.clamp(0, window - 1)], HIDDEN)  # [heads, block, span]
+    by_place = bias.index_select(1, place.clamp(0, window - 1).flatten()).unflatten(1, place.shape)
+    offsets = torch.where(near, by_place, HIDDEN)  # [heads, block, span]
     scores = query.transpose(2, 3) @ keys / keys.shape[-2] ** 0.5 + offsets
     weight = torch.where(seen[:, :, None, None], scores, HIDDEN).softmax(-1)
     found: Tensor = (weight @ held.transpose(-1, -2)).transpose(2, 3).flatten(3).flatten(1, 2)

@@ -45,7 +45,7 @@ def memory(
     sessions: Annotated[int, typer.Option(min=1, help="sessions a step")] = 16,
     rate: Annotated[float, typer.Option(help="of AdamW")] = 1.5e-3,
     seed: Annotated[int, typer.Option(min=0, help="of all that is drawn")] = 0,
-    device: Annotated[str, typer.Option(help="of the base: auto, cpu or cuda")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="of the base: auto, float32 or bfloat16")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores")] = 0,
 ) -> None:
@@ -94,7 +94,7 @@ def _memory(to: Path, asked: dict[str, Any]) -> None:
         steps=asked["steps"], sessions=asked["sessions"], rate=asked["rate"], seed=asked["seed"]
     )
     config, layer, pools = _pools(to, asked, model, tokenizer, known, chats)
-    embedding = model.embedding.float().cpu()
+    embedding = model.embedding.float()
     progress = _begun(to / "run.safetensors", config, recipe, layer)
     count = sum(p.numel() for p in progress.params.values())
     out.print(
@@ -118,6 +118,7 @@ def _pools(
     chats: Sequence[Any],
 ) -> tuple[RecallConfig, recall.Weights, tuple[Pool, Pool]]:
     """Let the base read everything that it has not read yet; return what is trained on and not."""
+    from hope_runtime.layers import recall
     from hope_runtime.training.told import learn, prepare
     from hope_runtime.training.told.drawing import Pool
     from hope_runtime.training.told.features import Features
@@ -128,10 +129,11 @@ def _pools(
     first = to / "first.safetensors"
     rounds = [prepare.shard(i, kinds, chats, tokenizer, seed) for i in range(asked["rounds"])]
     if first.exists():
-        config, _, layer, _ = learn.load(first)
+        config, _, layer, _ = learn.load(first, model.device)
     else:
         with err.status("whitening"):
-            layer = prepare.first_layer(base, config, rounds[0], tokenizer, seed)
+            made = prepare.first_layer(base, config, rounds[0], tokenizer, seed)
+            layer = recall.Weights(*(tensor.to(model.device) for tensor in made))
         nothing = learn.Recipe(steps=1)
         learn.save(first, config, nothing, layer, learn.begin(layer, nothing))
     parts = []
@@ -145,12 +147,12 @@ def _pools(
                     said,
                     to / f"features-{i}.safetensors",
                     lambda tokens: bar.advance(task, tokens),
-                )
+                ).on(model.device)
             )
             bar.update(task, completed=sum(len(s.tokens) for done in rounds[: i + 1] for s in done))
     features = Features.join(parts)
-    written = learn.written_ids(layer, features.tokens)
-    rivals = learn.rivals(features.hidden, model.embedding.float().cpu())
+    written = learn.written_ids(layer, features.tokens.to(model.device)).cpu()
+    rivals = learn.rivals(features.hidden, model.embedding.float()).cpu()
     ours = Pool(features, kinds, written, config, rivals, held_out=False)
     theirs = Pool(features, kinds, written, config, rivals, held_out=True)
     if not ours.kinds:
@@ -169,7 +171,7 @@ def _begun(
 
     if not file.exists():
         return learn.begin(layer, recipe)
-    was, recipe_was, _, progress = learn.load(file)
+    was, recipe_was, _, progress = learn.load(file, layer.mean.device)
     if was != config or replace(recipe_was, steps=recipe.steps) != recipe:
         raise Refusal(f"{file} is a run with another recipe; choose another --out, or remove it")
     if recipe.steps < progress.step:

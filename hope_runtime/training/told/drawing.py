@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
@@ -223,23 +224,20 @@ class Pool:
         return len(ours) == len(theirs) and bool((ours == theirs).all())
 
     def collate(self, rng: Generator, sessions: Sequence[_Session]) -> Drawn:
-        """Lay sessions out."""
+        """Lay sessions out; what they are made of is gathered where the features are."""
         data, config = self.features, self.config
-        context = config.behind + config.ahead
-        longest = max(sum(t.end - t.start for t in s.stream) for s in sessions) + config.ahead
-        shape = len(sessions), longest
-        seen = torch.zeros(*shape, config.whitened)
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        valid, stated, told = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+        rows = [np.concatenate([np.arange(t.start, t.end) for t in s.stream]) for s in sessions]
+        shape = len(sessions), max(map(len, rows)) + config.ahead
+        places = torch.zeros(shape, dtype=torch.int64)
+        valid, told = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+        for b, row in enumerate(rows):
+            places[b, : len(row)] = torch.from_numpy(row)
+            valid[b, : len(row)] = True
+        tokens = torch.where(valid, self.written[places], 0)
         told_at: dict[tuple[int, int], int] = {}
         for b, session in enumerate(sessions):
             at = 0
             for turn in session.stream:
-                here, there = slice(at, at + turn.end - turn.start), slice(turn.start, turn.end)
-                seen[b, here] = data.seen[there].float()
-                tokens[b, here] = self.written[there]
-                valid[b, here] = True
-                stated[b, here] = data.stated[there]
                 if turn.plan.what in {What.TELL, What.CHANGE}:
                     first, last = at + turn.first - turn.start, at + turn.last - turn.start
                     told[b, first:last] = True
@@ -255,46 +253,60 @@ class Pool:
             for b, session in enumerate(sessions)
             for tell, turn in (*session.asked, *((None, turn) for turn in session.unknown))
         ]
-        most = max(turn.end - 2 - turn.asked for _, turn, _ in asks)
-        around = torch.zeros(len(asks), context - 1 + most, config.whitened)
-        around_valid = torch.zeros(len(asks), context - 1 + most, dtype=torch.bool)
-        hidden = torch.zeros(len(asks), most, data.hidden.shape[1])
-        rivals = torch.zeros(len(asks), most, self.rivals.shape[1], dtype=torch.int64)
-        target = torch.full((len(asks), most), NOTHING)
-        look = torch.full((len(asks), most), NOTHING)
-        begins = torch.zeros(len(asks), dtype=torch.int64)
+        asked = torch.tensor([turn.asked for _, turn, _ in asks])[:, None]
+        # the last token of a reply says that it ends
+        ends = torch.tensor([turn.end - 2 for _, turn, _ in asks])[:, None]
+        most = int((ends - asked).max())
+        context = config.behind + config.ahead
+        around, around_valid = self._places(asked, 1 - context, most)
+        around_valid &= around < ends
+        answers = asked + torch.arange(most)
+        inside = answers < ends
+        replies = torch.where(inside, data.replies[answers.clamp(max=len(data.tokens) - 1)], 0)
+        target = np.full((len(asks), most), NOTHING)
+        look = np.full((len(asks), most), NOTHING)
+        begins = []
         for q, (b, turn, tell) in enumerate(asks):
-            places = turn.end - 2 - turn.asked  # the last of them says that the reply ends
-            begin = max(int(data.since[turn.asked]), turn.asked - context + 1)
-            at = context - 1 - (turn.asked - begin)
-            around[q, at : context - 1 + places] = data.seen[begin : turn.asked + places].float()
-            around_valid[q, at : context - 1 + places] = True
-            rows = data.replies[turn.asked : turn.asked + places]
-            hidden[q, 1:places] = data.hidden[rows[1:]].float()  # memory alone is asked at first
-            rivals[q, :places] = self.rivals[rows]
             first, last = turn.first - 1 - turn.asked, turn.last - 1 - turn.asked
-            begins[q] = first
+            begins.append(first)
             look[q, 0] = look[q, self._opening : first + 1] = NONE if tell is None else VALUE
             if tell is None:
                 continue
             at = told_at[b, tell.start]
-            ids = tokens[b, at : at + tell.last - tell.first]
+            ids = tokens[b, at : at + tell.last - tell.first].numpy()
             target[q, 0] = target[q, self._opening : first + 1] = ids[0]  # also a number's space
             if tell.plan.value != turn.plan.value:
                 continue
             target[q, first:last] = ids
             look[q, first:last] = VALUE
-            if last < places:
+            if last < turn.end - 2 - turn.asked:
                 look[q, last] = NONE  # the value ends
+        said = inside & (torch.arange(most) > 0)  # memory alone is asked at first
         return Drawn(
-            seen, tokens, valid, valid, stated, told,
-            torch.tensor([b for b, _, _ in asks]), around, around_valid, hidden, rivals,
-            target, look, begins,
-            torch.tensor([tell is not None for _, _, tell in asks]),
-        )  # fmt: skip
+            seen=_held(data.seen, places, valid),
+            around=_held(data.seen, around, around_valid),
+            hidden=_held(data.hidden, replies, said),
+            **{
+                name: tensor.to(data.seen.device)
+                for name, tensor in {
+                    "tokens": tokens,
+                    "valid": valid,
+                    "heard": valid,
+                    "stated": data.stated[places] & valid,
+                    "told": told,
+                    "session": torch.tensor([b for b, _, _ in asks]),
+                    "around_valid": around_valid,
+                    "rivals": torch.where(inside[..., None], self.rivals[replies], 0),
+                    "target": torch.from_numpy(target),
+                    "look": torch.from_numpy(look),
+                    "first": torch.tensor(begins),
+                    "known": torch.tensor([tell is not None for _, _, tell in asks]),
+                }.items()
+            },
+        )
 
     def pairs(self, rng: Generator, count: int) -> Pairs:
-        """Draw facts of `count` kinds, or of all there are, and a quarter as much else.
+        """Draw facts of `count` kinds, or of all there are, and half as much else.
 
         Half of the kinds are those most easily confused with the others.
         """
@@ -324,7 +336,7 @@ class Pool:
                 begins.append(False)
         ends = len(silent)
         tells = list(self._tells.values())
-        for _ in range(max(count // 4, 1)):
+        for _ in range(max(count // 2, 1)):
             of = self._talk if self._talk and rng.random() < 0.6 else _one(rng, tells)
             turn = _one(rng, of)
             silent.append(turn.asked)
@@ -334,13 +346,14 @@ class Pool:
             if free.any():
                 others.append(turn.start + _one(rng, free.nonzero()[:, 0].tolist()))
         behind, ahead = self.config.behind, self.config.ahead
+        device = self.features.seen.device
         return Pairs(
             *self._windows(told, behind, ahead),
             *self._windows(asked, behind + ahead - 1, 0),
-            torch.tensor(begins),
+            torch.tensor(begins, device=device),
             *self._windows(others, behind, ahead),
             *self._windows(silent, behind + ahead - 1, 0),
-            torch.arange(len(silent)) >= ends,
+            torch.arange(len(silent), device=device) >= ends,
         )
 
     def _neighbours(self, rng: Generator, count: int) -> list[str]:
@@ -354,15 +367,20 @@ class Pool:
             chosen[_one(rng, self._family[kind])] = None
         return list(chosen)[:count]
 
-    def _windows(self, places: Sequence[int], behind: int, ahead: int) -> tuple[Tensor, Tensor]:
+    def _windows(self, at: Sequence[int], behind: int, ahead: int) -> tuple[Tensor, Tensor]:
         """Return the tokens around each place, and which of them there are."""
+        middle = torch.tensor(at, dtype=torch.int64)[:, None]
+        places, valid = self._places(middle, -behind, ahead + 1)
+        seen = self.features.seen
+        return seen[places.to(seen.device)], valid.to(seen.device)
+
+    def _places(self, at: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the places around each of some, and which lie in the same conversation."""
         data = self.features
-        at = torch.tensor(places, dtype=torch.int64)[:, None]
-        around = at + torch.arange(-behind, ahead + 1)
+        around = at + torch.arange(begin, end)
         inside = around.clamp(0, len(data.tokens) - 1)
         # a conversation's tokens are those that started where this one did
-        valid = (around == inside) & (data.since[inside] == data.since[at])
-        return data.seen[inside], valid
+        return inside, (around == inside) & (data.since[inside] == data.since[at])
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,3 +398,9 @@ def _one(rng: Generator, of: Sequence[T]) -> T:
 def _mixed(rng: Generator, some: list[Turn], others: list[Turn]) -> list[Turn]:
     both = [*some, *others]
     return [both[i] for i in rng.permutation(len(both))]
+
+
+def _held(rows: Tensor, places: Tensor, valid: Tensor) -> Tensor:
+    """Return the rows at some places, where they lie; zeros where there are none."""
+    found = rows[places.to(rows.device)].float()
+    return found.masked_fill_(~valid.to(rows.device)[..., None], 0.0)

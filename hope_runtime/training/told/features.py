@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,7 +28,7 @@ BATCH = 2048  # tokens of the conversations that are read together, the shorter 
 class Features:
     """Conversations, one after the other."""
 
-    seen: Tensor  # [n, Z] float16
+    seen: Tensor  # [n, Z] float16; like `hidden` on the device of training, the rest on the CPU
     tokens: Tensor  # [n] int64
     stated: Tensor  # [n] bool
     since: Tensor  # [n] int64: where the token's conversation starts
@@ -58,6 +57,10 @@ class Features:
             Turn(Plan(**{**plan, "what": What(plan["what"])}), *places) for plan, *places in rows
         )
         return cls(turns=turns, **load_file(file))
+
+    def on(self, device: torch.device) -> Features:
+        """Return them with what is large on a device."""
+        return replace(self, seen=self.seen.to(device), hidden=self.hidden.to(device))
 
     @classmethod
     def join(cls, parts: Sequence[Features]) -> Features:
@@ -105,21 +108,19 @@ def lower(model: Hope, config: RecallConfig) -> Hope:
 
 
 @torch.no_grad()
-def tapped(model: Hope, said: Sequence[Said]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what the seen blocks, and the last one, made of each conversation's tokens."""
+def tapped(model: Hope, said: Sequence[Said]) -> tuple[Tensor, Tensor]:
+    """Return what the seen blocks, and the last one, made of all conversations' tokens, [n, F]."""
     longest = max(len(one.tokens) for one in said)
     ids = torch.zeros(len(said), longest, dtype=torch.int64)
+    there = torch.zeros(len(said), longest, dtype=torch.bool)
     for row, one in enumerate(said):
         ids[row, : len(one.tokens)] = torch.from_numpy(one.tokens)
-    ids = ids.to(model.device)
+        there[row, : len(one.tokens)] = True
+    ids, there = ids.to(model.device), there.to(model.device)
     start = torch.zeros(len(said), dtype=torch.int64, device=model.device)
     read = model.run(model.embed(ids), start, model.nothing(len(said)), [{}] * len(said))
     assert read.tapped is not None
-    lengths = [len(one.tokens) for one in said]
-    return (
-        [row[:n] for row, n in zip(read.tapped, lengths, strict=True)],
-        [row[:n] for row, n in zip(read.hidden, lengths, strict=True)],
-    )
+    return read.tapped[there], read.hidden[there]
 
 
 def gather(
@@ -136,9 +137,8 @@ def gather(
     parts = []
     for batch in _batches([said[i] for i in order]):
         asking = _asks(batch[0])
-        seen, hidden = tapped(model if asking else below, batch)
-        for one, features, last in zip(batch, seen, hidden, strict=True):
-            parts.append(_features(model, weights, one, features, last if asking else None))
+        seen, last = tapped(model if asking else below, batch)
+        parts.append(_features(model, weights, batch, seen, last if asking else None))
         progress(sum(len(one.tokens) for one in batch))
     return Features.join(parts)
 
@@ -160,32 +160,34 @@ def _batches(said: Sequence[Said]) -> Iterable[list[Said]]:
 
 
 def _features(
-    model: Hope, weights: recall.Weights, said: Said, seen: Tensor, last: Tensor | None
+    model: Hope, weights: recall.Weights, batch: Sequence[Said], seen: Tensor, last: Tensor | None
 ) -> Features:
-    tokens = torch.from_numpy(said.tokens)
+    tokens = torch.from_numpy(np.concatenate([one.tokens for one in batch]))
     whitened = recall.whitened(weights, seen, model.embed(tokens.to(model.device)))
-    replies = torch.full((len(tokens),), -1)
-    kept: NDArray[np.int64] = np.array(
-        [
-            place
-            for turn in said.turns
-            if turn.plan.what is What.ASK
-            for place in range(turn.asked, turn.end - 1)
-        ],
-        dtype=np.int64,
+    lengths = torch.tensor([len(one.tokens) for one in batch])
+    starts = lengths.cumsum(0) - lengths
+    turns = tuple(
+        moved(turn, start)
+        for one, start in zip(batch, starts.tolist(), strict=True)
+        for turn in one.turns
     )
+    replies = torch.full((len(tokens),), -1)
     if last is None:
         hidden = torch.zeros(0, model.config.width, dtype=torch.bfloat16)
     else:
+        asked = [turn for turn in turns if turn.plan.what is What.ASK]
+        kept = torch.from_numpy(
+            np.concatenate([np.arange(turn.asked, turn.end - 1) for turn in asked])
+        )
         replies[kept] = torch.arange(len(kept))
-        normed = norm(last[torch.from_numpy(kept)], model.norm, model.config.norm_eps)
+        normed = norm(last[kept.to(last.device)], model.norm, model.config.norm_eps)
         hidden = normed.to("cpu", torch.bfloat16)
     return Features(
         seen=whitened.to("cpu", torch.float16),
         tokens=tokens,
-        stated=torch.from_numpy(said.stated),
-        since=torch.zeros(len(tokens), dtype=torch.int64),
-        turns=said.turns,
+        stated=torch.from_numpy(np.concatenate([one.stated for one in batch])),
+        since=starts.repeat_interleave(lengths),
+        turns=turns,
         replies=replies,
         hidden=hidden,
     )

@@ -48,13 +48,14 @@ def judge(
     """Judge a layer on a pool."""
     rng = np.random.default_rng(seed)
     pairs = pool.pairs(rng, len(pool.kinds))
-    met = meet(config, weights, pairs, torch.Generator().manual_seed(seed)).found
+    chance = torch.Generator(embedding.device).manual_seed(seed)
+    met = meet(config, weights, pairs, chance).found
     copied, loss = [], []
     told: list[Tensor] = []
     untold: list[Tensor] = []
     for _ in range(BATCHES):
         batch = pool.draw(rng, SESSIONS, _STAGE)
-        found = losses(config, weights, batch, embedding, near, torch.Generator().manual_seed(seed))
+        found = losses(config, weights, batch, embedding, near, chance)
         copied.append(found.copied)
         loss.append(float(found.answers))
         begin = _alike(config, weights, batch, embedding)[:, 0].amax(-1)
@@ -89,9 +90,9 @@ def calibrated(
         best = alike.amax(-1)
         untold.append(best[:, 0][~batch.known])
         logits = batch.hidden[looked] @ embedding.T
-        lead = torch.full(looked.shape, torch.nan)
+        lead = torch.full(looked.shape, torch.nan, device=looked.device)
         lead[looked] = recall.recalled(weights, logits, alike[looked]).amax(-1) - logits[:, stop]
-        begun = torch.arange(looked.shape[1]) > batch.first[:, None]
+        begun = torch.arange(looked.shape[1], device=looked.device) > batch.first[:, None]
         goes_on.append(lead[begun & (batch.look == VALUE)])
         ends.append(lead[begun & (batch.look == NONE) & batch.known[:, None]])
     seen = torch.cat(untold)
@@ -128,6 +129,6 @@ def _alike(
         batch.around_valid,
     )
     looked = batch.look != NOTHING
-    alike = torch.full((*looked.shape, len(embedding)), torch.nan)
+    alike = found.read.new_full((*looked.shape, len(embedding)), torch.nan)
     alike[looked] = recall.likeness(found.read[looked], recall.values(weights, embedding))
     return alike

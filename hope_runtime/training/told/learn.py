@@ -39,7 +39,9 @@ TEMPERATURE = 0.1
 OTHERS = 1500  # tokens that no answer of a batch needs, among which it has to be found
 MISSED = 2.0  # how much worse it is not to write a value than to write what is none
 MEETING = 0.6  # share of the steps that learn from pairs alone, which cost less than half
-PAIRS, FEWER = 256, 128  # kinds of facts a step, alone and beside sessions
+PAIRS, FEWER = 32, 16  # kinds of facts a step for each session: alone, and beside sessions
+BESIDE = 4.0  # how much pairs count beside sessions
+WRITES = 100.0  # that a fact should outlive: each takes its likeness squared from every other
 STRENGTH = 60.0  # where training begins
 KNOWN, CLEARLY = 0.35, 16.0  # what is known should be likelier a value than that; in logits
 
@@ -138,7 +140,7 @@ def initial(
         "gate_out": drawn(1, config.gate, scale=config.gate**-0.5),
         "sense_out_bias": torch.tensor([-5.0]),  # untrained, it never has the word
         "rate_bias": torch.full((1,), -2.0),
-        "fading": torch.full((1,), -6.0),
+        "fading": torch.full((1,), -8.0),
         "strength": torch.tensor(STRENGTH).log(),
         "sense": drawn(config.hidden, z + around, scale=both),
         "spaced": _spaced(decoded, len(embedding)),
@@ -224,22 +226,22 @@ def losses(
     judged = batch.stated & batch.valid
     labels = batch.told.float()
     gate_loss = F.binary_cross_entropy_with_logits(
-        gate[judged], labels[judged], pos_weight=torch.tensor(MISSED)
+        gate[judged], labels[judged], pos_weight=torch.tensor(MISSED, device=gate.device)
     )
 
     context = config.behind + config.ahead
     around = noisy(batch.around)
     own = around[:, context - 1 :]
-    with _fast():
+    with _fast(around):
         found = recall.read(
             weights,
-            matrix[batch.session],
+            matrix.index_select(0, batch.session),
             own,
             F.linear(around, weights.context),
             batch.around_valid,
         )
     vocabulary = _vocabulary(batch, twins, len(embedding), chance)
-    with _fast():
+    with _fast(around):
         codes = recall.values(weights, embedding[vocabulary])
         alike = (found.read[batch.look != NOTHING] @ codes.T).float()
     value = batch.look == VALUE
@@ -249,15 +251,15 @@ def losses(
     # what was told should be read clearly, and not whatever is read; what was not, not at all
     clear = torch.cat([ours.gather(1, target[:, None])[:, 0], alike[~copying].amax(-1)])
     known_loss = F.binary_cross_entropy_with_logits(
-        CLEARLY * (clear - KNOWN), torch.arange(len(clear)).lt(len(ours)).float()
+        CLEARLY * (clear - KNOWN), _first(len(ours), len(clear), clear).float()
     )
-    with _fast():
+    with _fast(around):
         logits = batch.hidden[value] @ embedding[vocabulary].T
     logits = recall.recalled(weights, logits.float(), ours)
     answers = F.cross_entropy(logits, target)
 
     with torch.no_grad():
-        wrong = torch.zeros(batch.target.shape, dtype=torch.bool)
+        wrong = torch.zeros_like(value)
         wrong[value] = logits.argmax(-1) != target
         wrong[:, 0] = False  # there it is asked whether memory knows, and nothing is said
         known = batch.known
@@ -270,6 +272,7 @@ class Met(NamedTuple):
     """What pairs lack, in nats."""
 
     match: Tensor
+    crowd: Tensor  # mean squared cosine of keys, and of queries and keys, that are of two facts
     gate: Tensor
     sense: Tensor
     found: float  # share of questions that are more like their own fact than like any other
@@ -302,33 +305,51 @@ def meet(
     heard = _some(torch.cat([pairs.told_valid, pairs.other_valid]), chance, 2.0 * dropout)
     asked = noisy(torch.cat([pairs.asked, pairs.silent])).bfloat16()
     valid = _some(torch.cat([pairs.asked_valid, pairs.silent_valid]), chance, 2.0 * dropout)
-    with _fast():
+    with _fast(written):
         judged = recall.judged(weights, config, written, F.linear(written, weights.context), heard)
         keys = unit(F.linear(judged.both[:, 0], weights.write_key))
-        nothing = torch.zeros(1, config.values, config.keys)
+        nothing = keys.new_zeros(1, config.values, config.keys)
         around = F.linear(asked, weights.context)
         found = recall.read(weights, nothing, asked[:, -1:], around, valid)
     count = len(pairs.told)
-    likeness = found.query[:, 0].float() @ keys.float().T / TEMPERATURE
-    own = torch.arange(count)
+    keys, queries = keys.float(), found.query[:, 0].float()
+    alike = queries @ keys.T
+    likeness = alike / TEMPERATURE
+    own = torch.arange(count, device=keys.device)
     match = F.cross_entropy(likeness[:count], own) + F.cross_entropy(likeness[:, :count].T, own)
-    facts = torch.arange(len(keys)).lt(count).float()
+    crowd = _crowd(alike) + _crowd(keys @ keys.T)
     sensed = torch.cat([pairs.begins, pairs.starts])
-    about = torch.arange(len(asked)).lt(count).float()
+    about = _first(count, len(asked), keys)
     return Met(
         match / 2,
-        F.binary_cross_entropy_with_logits(judged.gate[:, 0].float(), facts),
-        F.binary_cross_entropy_with_logits(found.asks[sensed, 0].float(), about[sensed]),
+        crowd / 2,
+        F.binary_cross_entropy_with_logits(
+            judged.gate[:, 0].float(), _first(count, len(keys), keys).float()
+        ),
+        F.binary_cross_entropy_with_logits(found.asks[sensed, 0].float(), about[sensed].float()),
         float((likeness[:count].argmax(1) == own).float().mean()),
     )
 
 
+def _crowd(alike: Tensor) -> Tensor:
+    """Return the mean square of what is beside the diagonal."""
+    beside = alike.square().sum() - alike.diagonal().square().sum()
+    return beside / (alike.numel() - min(alike.shape))
+
+
+def _first(count: int, of: int, like: Tensor) -> Tensor:
+    """Return which of some are the first `count`."""
+    return torch.arange(of, device=like.device) < count
+
+
 def _noise(config: RecallConfig, chance: torch.Generator, noise: float, dropout: float) -> Noise:
     """Return what hides the same share of directions in all features, and adds noise to them."""
-    kept = (torch.rand(config.whitened, generator=chance) >= dropout) / (1.0 - dropout)
+    device = chance.device
+    kept = torch.rand(config.whitened, generator=chance, device=device) >= dropout
+    kept = kept / (1.0 - dropout)
 
     def noisy(x: Tensor) -> Tensor:
-        drawn = torch.randn(x.shape, generator=chance)
+        drawn = torch.randn(x.shape, generator=chance, device=device)
         found: Tensor = drawn.mul_(noise).addcmul_(x.float(), kept)
         return found
 
@@ -337,12 +358,12 @@ def _noise(config: RecallConfig, chance: torch.Generator, noise: float, dropout:
 
 def _some(valid: Tensor, chance: torch.Generator, share: float) -> Tensor:
     """Return a context in which words are missing, so that no single one decides."""
-    return valid & (torch.rand(valid.shape, generator=chance) >= share)
+    return valid & (torch.rand(valid.shape, generator=chance, device=valid.device) >= share)
 
 
-def _fast() -> torch.autocast:
+def _fast(where: Tensor) -> torch.autocast:
     """Let large products be computed in bfloat16, as a server does with the base."""
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    return torch.autocast(where.device.type, dtype=torch.bfloat16)
 
 
 def remember(
@@ -357,17 +378,17 @@ def remember(
     recent = F.pad(noisy(batch.seen), (0, 0, config.behind, 0))
     valid = F.pad(batch.heard, (config.behind, 0))
     names = batch.tokens[:, :tokens]
-    with _fast():
+    with _fast(recent):
         found = recall.judged(weights, config, recent, F.linear(recent, weights.context), valid)
     said = (batch.stated & batch.valid)[:, :tokens]
     rate = torch.where(said, found.rate, 0.0).float()
     # what is not written at all need not be solved for
     count = max(int((rate > 0).sum(1).max()), 1)
     order = (rate > 0).int().sort(dim=1, descending=True, stable=True).indices[:, :count]
-    rows = torch.arange(len(rate))[:, None]
+    rows = torch.arange(len(rate), device=rate.device)[:, None]
     both, names = found.both.float(), names[rows, order]
     chosen = recall.writes(weights, both[rows, order], rate[rows, order], embedding[names])
-    start = torch.zeros(len(rate), config.values, config.keys)
+    start = both.new_zeros(len(rate), config.values, config.keys)
     gate = F.pad(found.gate.float(), (0, config.ahead))
     return recall.store(weights, start, chosen), gate
 
@@ -380,7 +401,7 @@ def _vocabulary(batch: Drawn, twins: Tensor, size: int, chance: torch.Generator)
     """
     asked = batch.look == VALUE
     targets = batch.target[asked].unique()
-    others = torch.randint(size, (OTHERS,), generator=chance)
+    others = torch.randint(size, (OTHERS,), generator=chance, device=chance.device)
     parts = (targets, twins[targets].flatten(), batch.rivals[asked].flatten(), others)
     every: Tensor = torch.cat((*parts, batch.tokens[batch.told])).unique()
     return every
@@ -437,18 +458,18 @@ def advance(
     """Take one step; `near` are `twins` of the embedding."""
     chance = deepcopy(progress.chance)  # a step that is broken off has drawn nothing
     alone = progress.step < recipe.meeting
-    pairs = pool.pairs(chance, PAIRS if alone else FEWER)
+    pairs = pool.pairs(chance, (PAIRS if alone else FEWER) * recipe.sessions)
     batch = None if alone else pool.draw(chance, recipe.sessions, recipe.stage(progress.step))
-    draws = torch.Generator().manual_seed(int(chance.integers(2**31)))
+    draws = torch.Generator(embedding.device).manual_seed(int(chance.integers(2**31)))
     params = {name: p.detach().requires_grad_() for name, p in progress.params.items()}
-    weights = fixed._replace(**params, gain=torch.tensor(1.0))
+    weights = fixed._replace(**params, gain=torch.ones_like(fixed.gain))
     met = meet(config, weights, pairs, draws, recipe.noise, recipe.dropout)
     copied = math.nan
     if batch is None:
-        total = met.match + met.gate + met.sense
+        total = met.match + WRITES * met.crowd + met.gate + met.sense
     else:
         found = losses(config, weights, batch, embedding, near, draws, recipe.noise, recipe.dropout)
-        total = found.total + 4.0 * met.match + 0.3 * met.sense
+        total = found.total + BESIDE * (met.match + WRITES * met.crowd) + 0.3 * met.sense
         copied = found.copied
     gradients = torch.autograd.grad(
         total, list(params.values()), allow_unused=True, materialize_grads=True
@@ -472,7 +493,7 @@ def _rule() -> optimisers.Optimiser:
 
 def trained(fixed: Weights, progress: Progress) -> Weights:
     """Return the layer as a run has it, switched on."""
-    return fixed._replace(**progress.params, gain=torch.tensor(1.0))
+    return fixed._replace(**progress.params, gain=torch.ones_like(fixed.gain))
 
 
 def save(
@@ -492,8 +513,10 @@ def save(
     os.replace(draft, file)
 
 
-def load(file: Path) -> tuple[RecallConfig, Recipe, Weights, Progress]:
-    """Read what `save` wrote.
+def load(
+    file: Path, device: torch.device | None = None
+) -> tuple[RecallConfig, Recipe, Weights, Progress]:
+    """Read what `save` wrote, onto a device; onto the CPU where None.
 
     Raises:
         ValueError: the file is no run.
@@ -501,7 +524,7 @@ def load(file: Path) -> tuple[RecallConfig, Recipe, Weights, Progress]:
     try:
         with safe_open(file, framework="pt") as opened:
             about: dict[str, str] = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118
         config = RecallConfig.from_json(json.loads(about["config"]))
         recipe = Recipe(**json.loads(about["recipe"]))
         layer = Weights(**{name: tensors[f"layer/{name}"] for name in Weights._fields})

@@ -22,15 +22,17 @@ from hope_runtime.training.told.learn import initial
 from hope_runtime.training.told.turns import Plan, Said, What, conversations, plan
 
 LENGTH = 480  # tokens of a conversation
-SAMPLE = 24  # conversations to whiten by
+SAMPLE = 100  # conversations to whiten by
 # share of what is said that opens a conversation and is all of it
 ASKS_ALONE, TELLS_ALONE, TALK_ALONE = 0.6, 0.2, 0.5
 CHATS = 900  # turns of a shard that other people had
 
 
 def config_for(base: HopeConfig) -> RecallConfig:
-    """Return the configuration that suits a base: it sees a third and two thirds of the way up.
+    """Return the configuration that suits a base: it sees the last block below every level.
 
+    And one two thirds of the way up to it. The later a block, the nearer is what it makes of a
+    question to what it makes of the answer (docs/decisions/0024-what-the-memory-layer-sees.md).
     A base that is narrower than the layer's usual width gets a narrower layer.
 
     >>> from hope_runtime.weights.random import tiny_config
@@ -39,11 +41,11 @@ def config_for(base: HopeConfig) -> RecallConfig:
     ((0, 1), 96, 96)
     """
     levels = base if base.levels else base.stacked()
-    upper = max(min(round(base.blocks * 2 / 3), levels.first_level_block - 1), 1)
+    upper = max(levels.first_level_block - 1, 1)
     own = min(128, base.width)
-    whitened = own + min(384, 2 * base.width)
+    whitened = own + min(512, 2 * base.width)
     return RecallConfig(
-        taps=(upper // 2, upper),
+        taps=(min(round(upper * 2 / 3), upper - 1), upper),
         whitened=whitened,
         own=own,
         keys=min(512, whitened),
@@ -97,9 +99,7 @@ def first_layer(
     rng = np.random.default_rng(seed)
     some = [said[i] for i in rng.permutation(len(said))[:SAMPLE]]
     below = lower(model, config)
-    rows: list[Tensor] = []
-    for one in some:
-        rows += tapped(below, [one])[0]
+    rows: list[Tensor] = [tapped(below, [one])[0] for one in some]
     decoded = [tokenizer.decode([id]) for id in range(model.config.vocabulary)]
     sample = torch.cat(rows).float().cpu()
     return initial(config, sample, model.embedding.float().cpu(), decoded, seed)

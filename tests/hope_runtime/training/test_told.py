@@ -251,6 +251,25 @@ def test_a_run_begins_with_pairs_and_goes_on_with_sessions(pool, layer, config, 
     assert all(0 <= step.met <= 1 for step in seen)
 
 
+def test_keys_of_different_facts_are_spread_apart(pool, layer, config, model):
+    """Every token that is written takes its squared likeness from every other."""
+    recipe = learn.Recipe(steps=100, sessions=2, warmup=1)
+    embedding = model.embedding.float()
+    progress = learn.begin(layer, recipe)
+
+    def crowded(progress):
+        pairs = pool.pairs(np.random.default_rng(4), 9)
+        chance = torch.Generator().manual_seed(0)
+        return float(learn.meet(config, learn.trained(layer, progress), pairs, chance).crowd)
+
+    before = crowded(progress)
+    for _ in range(25):
+        progress, _ = learn.advance(
+            config, recipe, layer, progress, pool, embedding, learn.twins(embedding)
+        )
+    assert crowded(progress) < 0.7 * before
+
+
 def test_training_goes_on_after_a_stop_as_if_it_had_not_stopped(
     pool, layer, config, model, tmp_path
 ):
