@@ -249,6 +249,7 @@ class RecallConfig:
     asks: float = 0.0  # the logit from which a question is one about the user
     knows: float = 0.25  # and how like a value what was read has to be, to be an answer
     ends: float = 4.5  # logits by which what goes on with a value leads before a full stop
+    digits: float = 4.5  # and after a digit, which any other digit seems to follow
     maybe: float = 2.0  # how far below `asks` a question may be whose answer is known
     opening: str = OPENING  # what stands before an answer
     unknown: str = "I don't know that yet."  # what is said where there is none

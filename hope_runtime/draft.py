@@ -51,7 +51,8 @@ class Draft:
             before: the text of the token said last.
             likely: the text that the likeliest token would add to it.
         """
-        if self._said == LONGEST or (self._said and lead < self._config.ends):
+        least = self._config.digits if before[-1:].isdigit() else self._config.ends
+        if self._said == LONGEST or (self._said and lead < least):
             self.fixed.extend(self._encode("." if not before.endswith(".") else ""))
             self._last = True
         if not (self._said or self._spaced) and likely[:1].isalnum():

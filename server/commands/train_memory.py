@@ -104,7 +104,8 @@ def _memory(to: Path, asked: dict[str, Any]) -> None:
     )
     progress = _run(to, config, recipe, layer, progress, pools, embedding)
     weights = learn.trained(layer, progress)
-    config = calibrated(config, weights, pools[1], embedding, tokenizer.encode(".")[-1])
+    decoded = [tokenizer.decode([id]) for id in range(model.config.vocabulary)]
+    config = calibrated(config, weights, pools[1], embedding, decoded)
     write_layer(to / FILE, card.fingerprint.partition("/")[0], config, weights)
     out.print(f"done: serve it with  hope serve --model {asked['base']} --memory-layer {to}")
 

@@ -7,7 +7,7 @@ import pytest
 from hope_runtime.config import RecallConfig
 from hope_runtime.draft import LONGEST, Draft
 
-CONFIG = replace(RecallConfig((0, 1)), ends=4.0, knows=0.3)
+CONFIG = replace(RecallConfig((0, 1)), ends=4.0, digits=8.0, knows=0.3)
 
 
 def encode(text):
@@ -26,7 +26,7 @@ def test_a_number_gets_the_space_that_its_digits_do_not_have(draft):
     assert list(draft.fixed) == encode(" ")
     draft.fixed.clear()
     draft.see(9.0, "", "4")  # some tokenizers say a space alone as nothing
-    draft.see(9.0, "4", "2")
+    draft.see(9.0, "4", "2")  # clearly so
     assert not draft.fixed
     assert not draft.over
 
@@ -44,6 +44,15 @@ def test_a_reply_ends_where_a_stop_is_as_likely_but_says_something_first(draft):
     assert not draft.over
     draft.fixed.clear()
     assert draft.over
+
+
+def test_a_number_goes_on_only_where_that_is_clear(draft):
+    """Any digit looks a little like the next one of a number that has ended."""
+    draft.see(9.0, "It's", "4")
+    draft.fixed.clear()
+    draft.see(9.0, "", "4")
+    draft.see(6.0, "4", "2")
+    assert list(draft.fixed) == encode(".")
 
 
 def test_what_ends_with_a_stop_gets_no_other(draft):

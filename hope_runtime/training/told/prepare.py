@@ -48,6 +48,7 @@ def config_for(base: HopeConfig) -> RecallConfig:
         taps=(min(round(upper * 2 / 3), upper - 1), upper),
         whitened=whitened,
         own=own,
+        attention=min(512, 8 * base.width),
         keys=min(512, whitened),
         values=min(256, base.width),
     )
