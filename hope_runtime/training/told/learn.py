@@ -290,7 +290,7 @@ def meet(
 
     InfoNCE (arXiv 1807.03748), both ways: what memory recalls is a sum over all keys, and a query
     has to be near to its own only; nor may it be near to what is no fact, or a key to a query where
-    nothing is asked.
+    nothing is asked. What each write takes from every other fact is charged as well (`crowd`).
 
     Args:
         config: of the layer.
