@@ -171,6 +171,7 @@ def test_an_older_version_is_gone_back_to_and_copied(page, server):
     page.fill("#fork-name", f"{name}-twin")
     page.press("#fork-name", "Enter")
     page.locator("#title").get_by_text(f"{name}-twin", exact=True).wait_for()
+    page.locator(".message.user .body").get_by_text("my bees swarm in May").wait_for()
     say(page, "and the twin hears this")
 
     said = page.locator(".message.user .body").all_text_contents()
