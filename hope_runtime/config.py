@@ -247,7 +247,7 @@ class RecallConfig:
     floor: float = 0.02  # rates below it are none
     digest: str = ""  # names the trained layer: what it wrote, no other can read
     asks: float = 0.0  # the logit from which a question is one about the user
-    knows: float = 0.25  # and how like a value what was read has to be, to be an answer
+    knows: float = 0.25  # and how `familiar` what was read has to be, to be an answer
     ends: float = 4.5  # logits by which what goes on with a value leads before a full stop
     digits: float = 4.5  # and after a digit, which any other digit seems to follow
     maybe: float = 2.0  # how far below `asks` a question may be whose answer is known

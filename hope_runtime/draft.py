@@ -29,7 +29,7 @@ class Draft:
     def __init__(
         self, config: RecallConfig, known: float, encode: Callable[[str], Sequence[int]]
     ) -> None:
-        """Decide by `known`, how like a value what was read is."""
+        """Decide by `known`, how likely what was read was told (`layers.recall.familiar`)."""
         self._config, self._encode = config, encode
         self.recalls = known > config.knows
         self._said = 0  # tokens of the value

@@ -22,7 +22,7 @@ from hope_runtime.draft import Draft, asked
 from hope_runtime.lanes import Lanes
 from hope_runtime.layers import recall
 from hope_runtime.layers.cms import Deltas
-from hope_runtime.layers.recall import Facts, Found
+from hope_runtime.layers.recall import Facts, Found, familiar
 from hope_runtime.model import Hope, Read
 from hope_runtime.reply import Reply
 from hope_runtime.report import (
@@ -478,7 +478,7 @@ class Engine:
 
         @cache
         def known() -> float:
-            return float(self._model.likeness(found.read[0, 0]).max())
+            return float(familiar(self._model.likeness(found.read[:, 0]), held.matrix))
 
         if asked(config, float(found.asks[0, 0]), known):
             seat.draft = Draft(config, known(), self._tokenizer.encode)

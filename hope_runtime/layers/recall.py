@@ -32,6 +32,7 @@ NAME = "recall."  # what the names of its tensors begin with
 CHUNK = 64  # tokens whose writes are solved for together
 HIDDEN = -1e9  # of attention to what is not there; no row is all of it, and none becomes NaN
 NOTHING = -1  # the token where there is none
+CROWDING = 0.25  # what was never told is read louder by this power of the memory's norm
 
 
 class Weights(NamedTuple):
@@ -328,6 +329,21 @@ def likeness(read: Tensor, codes: Tensor) -> Tensor:
         codes: the tokens' `values`, [V, R].
     """
     return F.linear(read.to(codes.dtype), codes).float()
+
+
+def familiar(alike: Tensor, matrix: Tensor) -> Tensor:
+    """Return how likely it is that something was told for what was read, [...].
+
+    That is how like it is to the likeliest token's value, and the less the more the memory holds:
+    what was never told recalls a little of everything, which is more where more was told
+    (docs/decisions/0025-known-amid-much.md).
+
+    Args:
+        alike: the `likeness` of what was read, [..., V].
+        matrix: the memories that it was read from, [..., R, N].
+    """
+    held = matrix.flatten(-2).norm(dim=-1).clamp(min=1.0)  # one token, written whole, or more
+    return alike.amax(-1) / held**CROWDING
 
 
 def recalled(weights: Weights, logits: Tensor, alike: Tensor) -> Tensor:
