@@ -66,6 +66,7 @@ def _about(name: str) -> str:
 def serve(
     model: Annotated[str | None, typer.Option(help=_about("model"))] = None,
     memory_layer: Annotated[str | None, typer.Option(help=_about("memory_layer"))] = None,
+    levels: Annotated[Path | None, typer.Option(help=_about("levels"))] = None,
     host: Annotated[str | None, typer.Option(help=_about("host"))] = None,
     port: Annotated[int | None, typer.Option(help=_about("port"))] = None,
     device: Annotated[str | None, typer.Option(help=_about("device"))] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 import hope_runtime
 from hope_runtime import weights
-from hope_runtime.config import WINDOW, ConfigError, HopeConfig
+from hope_runtime.config import WINDOW, ConfigError, HopeConfig, LevelConfig
 from hope_runtime.engine import Engine
 from hope_runtime.model import Hope
 from hope_runtime.tokenizer import Tokenizer
@@ -126,8 +127,21 @@ def _memory_layer(
     return None
 
 
+def _with_levels(config: HopeConfig, file: Path) -> HopeConfig:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return replace(config, levels=tuple(LevelConfig.from_json(level) for level in found))
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"--levels {file}: not a list of levels for this model: {error}; "
+            "docs/learning.md shows one"
+        ) from error
+
+
 def _shape(checkpoint: Checkpoint, settings: Settings) -> HopeConfig:
     config = checkpoint.config
+    if settings.levels is not None:
+        config = _with_levels(config, settings.levels)
     if not config.attention_blocks:
         return config
     # a reader narrows the window only where the model was trained for less than the default

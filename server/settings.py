@@ -40,6 +40,11 @@ class Settings(BaseSettings):
         description="what remembers facts beside a pre-trained model: auto (the layer that comes "
         "for it, if any), none, or a file of hope train memory",
     )
+    levels: Path | None = Field(
+        None,
+        description="file of levels (JSON) that learn in place of the model's own: "
+        "docs/learning.md",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of weights and window; auto: bfloat16 where it is fast"

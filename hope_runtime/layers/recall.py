@@ -342,8 +342,9 @@ def familiar(alike: Tensor, matrix: Tensor) -> Tensor:
         alike: the `likeness` of what was read, [..., V].
         matrix: the memories that it was read from, [..., R, N].
     """
-    held = matrix.flatten(-2).norm(dim=-1).clamp(min=1.0)  # one token, written whole, or more
-    return alike.amax(-1) / held**CROWDING
+    held = torch.linalg.matrix_norm(matrix).clamp(min=1.0)  # one token, written whole, or more
+    found: Tensor = alike.amax(-1) / held.pow(CROWDING)
+    return found
 
 
 def recalled(weights: Weights, logits: Tensor, alike: Tensor) -> Tensor:
