@@ -6,6 +6,8 @@ import { count, make, randomHex, render } from "./text.js";
 const LAST_PAGES = 50;
 
 export class Conversation extends EventTarget {
+  #ended = 0; // turns
+
   constructor(name, line) {
     super();
     this.name = name;
@@ -25,7 +27,12 @@ export class Conversation extends EventTarget {
   // --- what was said before ---
 
   async load() {
-    const items = await this.#transcript();
+    let items;
+    let ended;
+    do {
+      ended = this.#ended;
+      items = await this.#transcript();
+    } while (ended !== this.#ended); // what ended meanwhile may not be in it
     this.begin();
     const shown = [...items.map(toMessage), ...(this.turn?.shown ?? [])];
     this.element.replaceChildren(...(shown.length ? shown : [welcome(this.name)]));
@@ -141,6 +148,7 @@ export class Conversation extends EventTarget {
   #end() {
     const turn = this.turn;
     this.turn = null;
+    this.#ended += 1;
     render(turn.body, turn.text);
     delete turn.reply.dataset.streaming;
     this.element.setAttribute("aria-busy", "false");
