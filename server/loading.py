@@ -130,7 +130,10 @@ def _memory_layer(
 def _with_levels(config: HopeConfig, file: Path) -> HopeConfig:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return replace(config, levels=tuple(LevelConfig.from_json(level) for level in found))
+        levels = tuple(LevelConfig.from_json(level) for level in found)
+        if not levels:
+            raise ValueError("it is empty; --no-learning serves without")
+        return replace(config, levels=levels)
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise ConfigError(
             f"--levels {file}: not a list of levels for this model: {error}; "

@@ -41,6 +41,7 @@ def test_sessions_of_other_levels_belong_to_another_model(tmp_path):
     [
         ("{", "JSON|Expecting"),
         ("[1]", "not a list of levels"),
+        ("[]", "empty"),
         (json.dumps([{**LEVEL, "blocks": [77]}]), "77"),
         (json.dumps([{**LEVEL, "speed": 3}]), "speed"),
         (json.dumps([{**LEVEL, "optimiser": "magic"}]), "magic"),
