@@ -82,7 +82,9 @@ def require_fit(layer: MemoryLayer, config: HopeConfig, base: str, *, where: Pat
     try:
         replace(config, recall=layer.config)
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(
+            f"{where}: {error}; serve with other levels, or with --memory-layer none"
+        ) from error
     for name, shape in recall.shapes(layer.config, config.width, config.vocabulary):
         found = layer.tensors.get(recall.NAME + name)
         if found is None or tuple(found.shape) != shape:
