@@ -495,16 +495,18 @@ class Engine:
             return logits
         found = self._found(Facts(*(t[rows] for t in held)))
         alike = self._model.likeness(found.read[:, 0])
+        said = [id for row in rows if (id := seats[row].next) is not None]
+        texts = [self._tokenizer.decode([id]) for id in said]
+        for found_at, (id, text) in enumerate(zip(said, texts, strict=True)):
+            if not text[-1:].isdigit():
+                alike[found_at, id] = -1.0  # read again where nothing comes next; none has it twice
         stop = logits[rows, self._full_stop[0]]  # as the base would have it
         logits[rows] = self._model.recalled(logits[rows], alike)
         best, leads = alike.argmax(-1).tolist(), (logits[rows].amax(-1) - stop).tolist()
-        for row, lead, likely in zip(rows, leads, best, strict=True):
-            seat = seats[row]
-            assert seat.draft is not None
-            last = [] if seat.next is None else [seat.next]
-            before = self._tokenizer.decode(last)
-            said = self._tokenizer.decode([*last, likely])
-            seat.draft.see(lead, before, said.removeprefix(before))
+        for row, id, text, lead, likely in zip(rows, said, texts, leads, best, strict=True):
+            draft = seats[row].draft
+            assert draft is not None
+            draft.see(lead, text, self._tokenizer.decode([id, likely]).removeprefix(text))
         return logits
 
     def _found(self, held: Facts) -> Found:

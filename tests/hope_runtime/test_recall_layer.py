@@ -343,6 +343,18 @@ def test_an_answer_ends_where_what_follows_is_like_no_value(checkpoint, weights)
     assert len(state.carry) == 1  # the reply was closed, and nothing of it is unread
 
 
+def test_no_token_of_a_value_follows_itself(checkpoint, weights):
+    """What was said last is read again where nothing comes next; only digits come twice."""
+    loud = always(weights)._replace(strength=torch.tensor(1e4).log())
+    config = replace(KNOWS, ends=-1e6, digits=-1e6)
+    engine = engine_of(model_with(checkpoint, loud, config), checkpoint)
+    [(_, said)] = ended(engine, turn("t", State(), WORDS, most=40))
+    value = said.removeprefix(config.opening)
+    assert len(value) > 10
+    again = {a for a, b in zip(value, value[1:], strict=False) if a == b and not a.isdigit()}
+    assert again <= {"\ufffd"}  # which stands for any byte that is no character
+
+
 def test_an_empty_memory_leaves_the_answer_to_the_base(checkpoint, weights):
     engine = engine_of(model_with(checkpoint, always(weights), KNOWS_NOT), checkpoint)
     base = engine_of(Hope(checkpoint.config, checkpoint.weights), checkpoint)
