@@ -6,6 +6,7 @@ them is kept, and training draws sessions from the turns as often as it likes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -104,11 +105,20 @@ _REPLIES = (
 _ECHOES = ("Got it. {}", "Okay. {}", "{}", "I see. {}", "Noted. {}", "Thank you. {}")
 
 
+_ARTICLE = re.compile(r"\b(an? |the )(?=\{\})")
+_TWICE = re.compile(r"(\d)\1")
+
+
 def plan(rng: Generator, kinds: Sequence[Kind], fills: int) -> list[Plan]:
-    """Return a turn for every way to tell, to change and to ask, each with `fills` values."""
+    """Return a turn for every way to tell, to change and to ask, each with `fills` values.
+
+    An article before a value is part of it, told and asked for: that "a mug" is sometimes "a" and
+    a value, sometimes a value that begins with "a", nobody could learn to tell apart.
+    """
     found: list[Plan] = []
     for kind in kinds:
         ours, theirs = _values(rng, kind)
+        articles = [articled(template, kind.values[0])[1] for template in kind.tells]
         for what, templates in (
             (What.TELL, kind.tells),
             (What.CHANGE, (*kind.updates, *kind.tells[:4])),
@@ -117,18 +127,43 @@ def plan(rng: Generator, kinds: Sequence[Kind], fills: int) -> list[Plan]:
             for template in templates:
                 held = held_out_kind(kind.name) or held_out_phrase(template)
                 pool = theirs if held else ours
-                found += [
-                    _turn(rng, what, kind, template, value, held)
-                    for value in _some(rng, pool, fills)
-                ]
+                for value in _some(rng, pool, fills):
+                    if what is What.ASK:
+                        article = articles[int(rng.integers(len(articles)))]
+                        wording = template
+                    else:
+                        wording, article = articled(template, value)
+                    found.append(_turn(rng, what, kind, wording, article + value, held))
     return found
 
 
+def articled(template: str, value: str) -> tuple[str, str]:
+    """Return a way to tell without the article that belongs to the value, and the article.
+
+    It belongs to what does not begin with a digit, nor to a name that only says which ("the Oak
+    bridge").
+
+    >>> articled("I broke a {} today.", "mug"), articled("We met on the {} bridge.", "Oak")
+    (('I broke {} today.', 'a '), ('We met on the {} bridge.', ''))
+    """
+    found = _ARTICLE.search(template)
+    if not found or value[0].isdigit():
+        return template, ""
+    if value[0].isupper() and re.match(r"[-'\w]| \w", template[found.end() + 2 :]):
+        return template, ""
+    return template[: found.start()] + template[found.end() :], found[1]
+
+
 def _values(rng: Generator, kind: Kind) -> tuple[list[str], list[str]]:
-    """Draw a few values to train on, and fewer that are kept from it."""
+    """Draw a few values to train on, and fewer that are kept from it.
+
+    One of numbers has a digit twice in a row: what comes after the second is hardest.
+    """
     ours = [value for value in kind.values if not held_out_value(value)]
     theirs = [value for value in kind.values if held_out_value(value)]
-    return _some(rng, ours, 3), _some(rng, theirs or kind.values, 2)
+    twice = _some(rng, [value for value in ours if _TWICE.search(value)], 1)
+    drawn = [value for value in _some(rng, ours, 3) if value not in twice]
+    return [*twice, *drawn][:3], _some(rng, theirs or kind.values, 2)
 
 
 def _some(rng: Generator, of: Sequence[str], count: int) -> list[str]:
@@ -137,6 +172,8 @@ def _some(rng: Generator, of: Sequence[str], count: int) -> list[str]:
 
 def _turn(rng: Generator, what: What, kind: Kind, template: str, value: str, held: bool) -> Plan:
     answer = kind.answers[min(int(rng.random() < 0.2), len(kind.answers) - 1)]
+    if value.startswith(("a ", "an ", "the ")):
+        answer = articled(answer, value)[0]
     if what is What.ASK:
         text = _framed(rng, _QUESTIONS, template, 0.25)
         return Plan(what, text, f"{OPENING} {value}.", value, kind.name, held)

@@ -108,6 +108,35 @@ def test_the_tokens_of_a_value_are_marked_where_it_is_told_and_answered(said, ch
     assert len(found) == 3
 
 
+def test_an_article_before_a_value_is_part_of_it_told_and_asked_for():
+    broken = Kind(
+        "broken",
+        ("mug", "lamp", "vase", "plate", "cup", "kettle", "jar"),
+        ("I broke a {} today.", "a {}, that is what I broke", "My {} is broken."),
+        ("No, I broke the {}.",),
+        ("What did I break?", "Which thing is broken?", "What fell down?"),
+        ("You broke a {}.",),
+    )
+    plans = plan(np.random.default_rng(0), [broken] * 30, 1)
+    for one in plans:
+        article = one.value.rpartition(" ")[0]
+        if "My" in one.text or "my" in one.text:
+            assert not article
+        elif one.what is not What.ASK:
+            assert article == ("the" if "the " in one.text else "a")
+            assert one.value in one.text
+        assert "a a " not in one.reply
+    asked = Counter(one.value[:2] == "a " for one in plans if one.what is What.ASK)
+    assert asked[True] > asked[False] > 0  # as often as it is told so
+
+
+def test_one_number_of_three_has_a_digit_twice_in_a_row():
+    safe = replace(KINDS[0], values=tuple(str(n) for n in range(100, 2000)))
+    drawn = [one.value for one in plan(np.random.default_rng(0), [safe] * 40, 1) if not one.held_out]
+    twice = sum(any(a == b for a, b in zip(v, v[1:], strict=False)) for v in drawn) / len(drawn)
+    assert 0.3 < twice < 0.7  # a fifth have it, drawn at random
+
+
 def test_nothing_but_what_the_user_says_is_stated(said, checkpoint):
     one = said[0]
     text = checkpoint.tokenizer.decode(one.tokens[one.stated].tolist())
