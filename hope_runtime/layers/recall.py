@@ -32,7 +32,7 @@ NAME = "recall."  # what the names of its tensors begin with
 CHUNK = 64  # tokens whose writes are solved for together
 HIDDEN = -1e9  # of attention to what is not there; no row is all of it, and none becomes NaN
 NOTHING = -1  # the token where there is none
-CROWDING = 0.25  # what was never told is read louder by this power of the memory's norm
+CROWDING = 0.5  # what was never told is read louder by this power of the memory's norm
 
 
 class Weights(NamedTuple):

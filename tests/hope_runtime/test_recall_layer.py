@@ -1,7 +1,7 @@
 """The memory layer beside a base: it splits as one likes, and untrained it is nothing."""
 
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -351,7 +351,7 @@ def test_no_token_of_a_value_follows_itself(checkpoint, weights):
     [(_, said)] = ended(engine, turn("t", State(), WORDS, most=40))
     value = said.removeprefix(config.opening)
     assert len(value) > 10
-    again = {a for a, b in zip(value, value[1:], strict=False) if a == b and not a.isdigit()}
+    again = {a for a, b in pairwise(value) if a == b and not a.isdigit()}
     assert again <= {"\ufffd"}  # which stands for any byte that is no character
 
 

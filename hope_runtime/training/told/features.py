@@ -21,7 +21,8 @@ from hope_runtime.layers import recall
 from hope_runtime.model import Hope, norm
 from hope_runtime.training.told.turns import Plan, Said, Turn, What
 
-BATCH = 2048  # tokens of the conversations that are read together, the shorter ones filled up
+# tokens of the conversations that are read together, the shorter ones filled up
+BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ def gather(
     below = lower(model, config)
     order = sorted(range(len(said)), key=lambda i: (_asks(said[i]), len(said[i].tokens)))
     parts = []
-    for batch in _batches([said[i] for i in order]):
+    most = BATCH.get(model.device.type, BATCH["cpu"])
+    for batch in _batches([said[i] for i in order], most):
         asking = _asks(batch[0])
         seen, last = tapped(model if asking else below, batch)
         parts.append(_features(model, weights, batch, seen, last if asking else None))
@@ -147,10 +149,10 @@ def _asks(said: Said) -> bool:
     return any(turn.plan.what is What.ASK for turn in said.turns)
 
 
-def _batches(said: Sequence[Said]) -> Iterable[list[Said]]:
+def _batches(said: Sequence[Said], most: int) -> Iterable[list[Said]]:
     batch: list[Said] = []
     for one in said:
-        full = (len(batch) + 1) * len(one.tokens) > BATCH  # they come in the order of their lengths
+        full = (len(batch) + 1) * len(one.tokens) > most  # they come in the order of their lengths
         if batch and (full or _asks(one) != _asks(batch[0])):
             yield batch
             batch = []
