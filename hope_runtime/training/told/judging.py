@@ -79,8 +79,8 @@ def calibrated(
 ) -> RecallConfig:
     """Return the configuration whose thresholds suit what a layer does with held-out facts.
 
-    It answers eight of a hundred of what was never told (`INVENTED`), and ends where, of all answers,
-    the fewest end too soon or too late: by how much the likeliest token leads before a full stop;
+    It answers eight of a hundred of what was never told (`INVENTED`), and ends where the fewest of
+    all answers end too soon or too late: by how much the likeliest token leads before a full stop;
     after a digit by how much more. `decoded` is the text of every token.
     """
     config = replace(config, floor=FLOOR)
