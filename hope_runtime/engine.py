@@ -497,9 +497,9 @@ class Engine:
         alike = self._model.likeness(found.read[:, 0])
         said = [id for row in rows if (id := seats[row].next) is not None]
         texts = [self._tokenizer.decode([id]) for id in said]
-        for found_at, (id, text) in enumerate(zip(said, texts, strict=True)):
+        for at, (id, text) in enumerate(zip(said, texts, strict=True)):
             if not text[-1:].isdigit():
-                alike[found_at, id] = -1.0  # read again where nothing comes next; none has it twice
+                alike[at, id] = -1.0  # read again where nothing comes next; none has it twice
         stop = logits[rows, self._full_stop[0]]  # as the base would have it
         logits[rows] = self._model.recalled(logits[rows], alike)
         best, leads = alike.argmax(-1).tolist(), (logits[rows].amax(-1) - stop).tolist()
