@@ -124,7 +124,7 @@ def test_an_article_before_a_value_is_part_of_it_told_and_asked_for():
         if "My" in one.text or "my" in one.text:
             assert not article
         elif one.what is not What.ASK:
-            assert article == ("the" if "the " in one.text else "a")
+            assert article == ("the" if "broke the " in one.text else "a")
             assert one.value in one.text
         assert "a a " not in one.reply
     asked = Counter(one.value[:2] == "a " for one in plans if one.what is What.ASK)
