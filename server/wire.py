@@ -2,7 +2,8 @@
 
 The shapes follow OpenAI Responses (HTTP, SSE, WebSocket), Conversations and Chat Completions;
 what only we have is prefixed `hope:` or lives in the extra object `memory`.
-Unknown fields are ignored on the way in: clients of other servers send many.
+Unknown fields are ignored on the way in, for clients of other servers send many; but not in what
+only we have, where they are slips.
 """
 
 from __future__ import annotations
@@ -10,13 +11,26 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Wire(BaseModel):
     # any bound makes pydantic look at the characters: half a surrogate pair is refused on its
     # way in, since no JSON could carry it out again
     model_config = ConfigDict(extra="ignore", frozen=True, str_max_length=1 << 30)
+
+
+class Ours(Wire):
+    """What no other server is sent: a field that we do not know is refused, not ignored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (slips := given.keys() - cls.model_fields.keys()):
+            shown = {"slip": repr(min(slips, key=str)), "known": ", ".join(cls.model_fields)}
+            raise PydanticCustomError("unknown_field", "no field {slip}; known: {known}", shown)
+        return given
 
 
 # --- client to server -------------------------------------------------------------------------
@@ -54,7 +68,7 @@ class ConversationRef(Wire):
     id: str
 
 
-class MemoryOptions(Wire):
+class MemoryOptions(Ours):
     """How this turn uses the session's memory.
 
     `read_write`: the turn is learned and committed. `read_only`: the memory is read, nothing is
@@ -447,11 +461,11 @@ class Difference(Wire):
     levels: list[LevelDifference]
 
 
-class RollbackRequest(Wire):
+class RollbackRequest(Ours):
     version: Annotated[int, Field(ge=1)]
 
 
-class ForkRequest(Wire):
+class ForkRequest(Ours):
     id: str | None = None  # of the new session; one is made up where it is left out
     version: Annotated[int, Field(ge=1)] | None = None
     user: User | None = None  # of the new session; the same person's where it is left out

@@ -104,6 +104,7 @@ def test_cancelling_on_a_quiet_connection_is_a_recoverable_error(connection):
         pytest.param('{"type": "response.create"}', "invalid_request", id="no input"),
         pytest.param(create(temperature=9), "invalid_request", id="too hot"),
         pytest.param(create(memory={"mode": "sometimes"}), "invalid_request", id="unknown mode"),
+        pytest.param(create(memory={"session": "s"}), "invalid_request", id="a slip of our own"),
         pytest.param(create(memory={"rates": {"user": -1}}), "invalid_request", id="negative rate"),
         pytest.param(create(stream_id="left"), "session_busy", id="a stream that is taken"),
     ],
@@ -235,3 +236,16 @@ def test_whatever_arrives_gets_one_answer_and_only_what_runs_is_cancelled(script
             running.discard(ended)
             connection.ended(ended)
         assert set(connection.running) == running
+
+
+def test_a_slip_in_what_only_we_have_is_told_with_what_there_is(connection):
+    error = refusal(connection.receive(create(memory={"session": "s"}), "r1")).error
+
+    assert error.param == "memory"
+    assert error.message.startswith("memory: no field 'session'; known: mode, if_version,")
+
+
+def test_what_other_servers_are_sent_is_taken_and_ignored(connection):
+    (effect,) = connection.receive(create(reasoning={"effort": "low"}), "r1")
+
+    assert isinstance(effect, Start)

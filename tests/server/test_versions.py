@@ -273,6 +273,7 @@ async def test_a_fork_takes_no_place_of_another_session(endless, http):
         assert refused(answer, 409, "session_exists")["param"] == "id"
     refused(await http.post(f"{S}/fork", json={"id": "gone"}), 410, "session_deleted")
     refused(await http.post(f"{S}/fork", json={"id": "a b"}), 400, "invalid_request")
+    refused(await http.post(f"{S}/fork", json={"name": "copy"}), 400, "invalid_request")
     answer = await http.post("/v1/sessions/none/fork", json={"id": "new"})
     refused(answer, 404, "conversation_not_found")
     assert (await endless.head("t")).version == 1
