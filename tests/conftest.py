@@ -11,6 +11,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+# a shell's background jobs ignore Ctrl-C, and so would all that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HOPE = Path(sys.executable).with_name("hope")
 TINY = ("--model", "random", "--device", "cpu", "--dtype", "float32", "--threads", "1")
 

@@ -154,7 +154,10 @@ def test_who_breaks_an_evaluation_off_waits_for_no_answer(trained, kinds, tmp_pa
             time.sleep(0.05)
         time.sleep(2.0)  # some talk by now
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        try:
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
 
     assert process.returncode == 130
     assert "stopped; what was done is kept" in said
