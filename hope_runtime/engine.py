@@ -22,7 +22,7 @@ from hope_runtime.draft import Draft, asked
 from hope_runtime.lanes import Lanes
 from hope_runtime.layers import recall
 from hope_runtime.layers.cms import Deltas
-from hope_runtime.layers.recall import Facts, Found, familiar
+from hope_runtime.layers.recall import LOUD, Facts, Found
 from hope_runtime.model import Hope, Read
 from hope_runtime.reply import Reply
 from hope_runtime.report import (
@@ -478,7 +478,7 @@ class Engine:
 
         @cache
         def known() -> float:
-            return float(familiar(self._model.likeness(found.read[:, 0]), held.matrix))
+            return float(self._model.familiar(self._model.likeness(found.read[:, 0]), held.matrix))
 
         if asked(config, float(found.asks[0, 0]), known):
             seat.draft = Draft(config, known(), self._tokenizer.encode)
@@ -501,8 +501,9 @@ class Engine:
             if not text[-1:].isdigit():
                 alike[at, id] = -1.0  # read again where nothing comes next; none has it twice
         stop = logits[rows, self._full_stop[0]]  # as the base would have it
-        logits[rows] = self._model.recalled(logits[rows], alike)
-        best, leads = alike.argmax(-1).tolist(), (logits[rows].amax(-1) - stop).tolist()
+        leads = (self._model.recalled(logits[rows], alike).amax(-1) - stop).tolist()
+        logits[rows] = self._model.recalled(logits[rows], alike, LOUD)
+        best = alike.argmax(-1).tolist()
         for row, id, text, lead, likely in zip(rows, said, texts, leads, best, strict=True):
             draft = seats[row].draft
             assert draft is not None

@@ -243,10 +243,15 @@ class Hope:
         """Return logits over the vocabulary, in float32 or more, for hidden states [..., width]."""
         return widened(F.linear(norm(hidden, self.norm, self.config.norm_eps), self.head))
 
-    def recalled(self, logits: Tensor, likeness: Tensor) -> Tensor:
+    def familiar(self, likeness: Tensor, matrix: Tensor) -> Tensor:
+        """Return how likely it is that something was told for what was read (`layers.recall`)."""
+        assert self.codes is not None
+        return recall.familiar(likeness, matrix, self.codes)
+
+    def recalled(self, logits: Tensor, likeness: Tensor, loud: float = 1.0) -> Tensor:
         """Return logits [..., V] with what was read from memory, by its `likeness` to tokens."""
         assert self.recall is not None
-        return recall.recalled(self.recall, logits, likeness)
+        return recall.recalled(self.recall, logits, likeness, loud)
 
     def run(
         self,

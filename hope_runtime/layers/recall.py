@@ -32,7 +32,9 @@ NAME = "recall."  # what the names of its tensors begin with
 CHUNK = 64  # tokens whose writes are solved for together
 HIDDEN = -1e9  # of attention to what is not there; no row is all of it, and none becomes NaN
 NOTHING = -1  # the token where there is none
-CROWDING = 0.5  # what was never told is read louder by this power of the memory's norm
+CROWDING = 1 / 3  # what was never told is read louder by this power of what is held
+LEAST = 0.05  # of a token, that counts as written: less is what others leave there
+LOUD = 2.0  # times as loud as trained, amid noise, an answer is said: the base has half the say
 
 
 class Weights(NamedTuple):
@@ -331,25 +333,33 @@ def likeness(read: Tensor, codes: Tensor) -> Tensor:
     return F.linear(read.to(codes.dtype), codes).float()
 
 
-def familiar(alike: Tensor, matrix: Tensor) -> Tensor:
+def familiar(alike: Tensor, matrix: Tensor, codes: Tensor) -> Tensor:
     """Return how likely it is that something was told for what was read, [...].
 
-    That is how like it is to the likeliest token's value, and the less the more the memory holds:
-    what was never told recalls a little of everything, which is more where more was told
+    That is how like it is to the likeliest token's value. It counts the less the more the memory
+    holds: what was never told recalls a little of everything, which is more where more was told.
+    And the less the more there is of that very token, |S^T v|: what was written often or for sure
+    is read by any question, what was written once and weakly by its own only
     (docs/decisions/0025-known-amid-much.md).
 
     Args:
         alike: the `likeness` of what was read, [..., V].
-        matrix: the memories that it was read from, [..., R, N].
+        matrix: the memories that it was read from, S, [..., R, N].
+        codes: the tokens' `values`, v, [V, R].
     """
+    best, token = alike.max(-1)
     held = torch.linalg.matrix_norm(matrix).clamp(min=1.0)  # one token, written whole, or more
-    found: Tensor = alike.amax(-1) / held.pow(CROWDING)
+    written = (codes[token].to(matrix.dtype)[..., None, :] @ matrix)[..., 0, :].norm(dim=-1)
+    found: Tensor = best / (held * written.clamp(min=LEAST)).pow(CROWDING)
     return found
 
 
-def recalled(weights: Weights, logits: Tensor, alike: Tensor) -> Tensor:
-    """Return logits, [..., V], with what was read, by its `likeness` to every token."""
-    return logits + weights.gain * weights.strength.exp() * alike
+def recalled(weights: Weights, logits: Tensor, alike: Tensor, loud: float = 1.0) -> Tensor:
+    """Return logits, [..., V], with what was read, by its `likeness` to every token.
+
+    `loud`: how many times as loud as was trained.
+    """
+    return logits + loud * weights.gain * weights.strength.exp() * alike
 
 
 def last(weights: Weights, held: Facts) -> Found:

@@ -215,13 +215,23 @@ def test_an_untrained_layer_changes_nothing_bit_for_bit(checkpoint, untrained):
     assert torch.equal(logits, layered.recalled(logits, alike))
 
 
-def test_what_was_read_is_less_familiar_where_more_is_held():
-    alike = torch.tensor([[0.1, 0.6], [0.1, 0.6], [0.3, 0.2]])
-    one = torch.zeros(3, CONFIG.values, CONFIG.keys)
-    one[0, 0, 0] = 0.5  # less than one token counts as one
-    one[1, :4, 0] = 8.0  # 16 in all
-    one[2, 1, 1] = 1.0
-    assert recall.familiar(alike, one).tolist() == pytest.approx([0.6, 0.15, 0.3])
+def test_what_was_read_is_less_familiar_where_more_is_held_and_where_more_is_of_that_token():
+    codes = torch.eye(2, CONFIG.values)
+    alike = torch.tensor([0.1, 0.6]).expand(4, 2)
+    held = torch.zeros(4, CONFIG.values, CONFIG.keys)
+    held[0, 1, 0] = 0.125  # written weakly; less than one token counts as one held
+    held[1, 1, 0] = 1.0
+    held[2, 1, 0], held[2, 2, :3] = 1.0, 21**0.5  # 8 in all
+    held[3, 1, 0] = 8.0
+    found = recall.familiar(alike, held, codes)
+    assert found.tolist() == pytest.approx([1.2, 0.6, 0.3, 0.15])
+
+
+def test_what_was_read_may_be_said_louder_than_was_trained(checkpoint, untrained):
+    layered = model_with(checkpoint, untrained._replace(gain=torch.tensor(1.0)))
+    logits, alike = torch.randn(2, 3), torch.randn(2, 3)
+    once, twice = layered.recalled(logits, alike), layered.recalled(logits, alike, 2.0)
+    torch.testing.assert_close(twice - once, once - logits)
 
 
 def test_facts_are_the_same_alone_and_in_a_batch_and_after_storage(model, checkpoint):

@@ -142,6 +142,7 @@ def _alike(
         batch.around_valid,
     )
     looked = batch.look != NOTHING
+    codes = recall.values(weights, embedding)
     alike = found.read.new_full((*looked.shape, len(embedding)), torch.nan)
-    alike[looked] = recall.likeness(found.read[looked], recall.values(weights, embedding))
-    return alike, recall.familiar(alike[:, 0], matrix)
+    alike[looked] = recall.likeness(found.read[looked], codes)
+    return alike, recall.familiar(alike[:, 0], matrix, codes)
