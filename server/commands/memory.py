@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clients.errors import HopeError
 from server.commands._serving import Server
 from server.commands.terminal import Refusal, err, out, progress, stopped, table
 from server.commands.trials import chats_of, keep, writable
@@ -110,6 +111,9 @@ def memory(
     except KeyboardInterrupt:
         _show(found, contenders)
         raise stopped() from None
+    except HopeError as error:  # the machine may be too busy for its leases to be renewed
+        _show(found, contenders)
+        raise Refusal(f"a turn failed, and this row with it: {error}") from error
     _show(found, contenders)
     for kept in found:
         for each in kept["answers"][:show]:
@@ -169,10 +173,9 @@ def _row(
 @contextmanager
 def _talking(server: Server) -> Iterator[tuple[Hope, ThreadPoolExecutor]]:
     """Give a client, and threads to talk through it; whoever breaks off waits for none of them."""
-    from clients.core import Patience
     from clients.sync import Hope
 
-    with Hope(server.url, patience=Patience(tries=1)) as hope:
+    with Hope(server.url) as hope:
         threads = ThreadPoolExecutor(_AT_ONCE)
         try:
             yield hope, threads

@@ -13,9 +13,12 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from clients.errors import Unreachable
 from hope_runtime.weights.memory_layer import read_layer
 from server.cli import app
+from server.commands import memory as command
 from server.commands.demo import ASKED
+from server.commands.terminal import Refusal
 from server.loading import load
 from server.settings import Settings
 
@@ -162,3 +165,13 @@ def test_who_breaks_an_evaluation_off_waits_for_no_answer(trained, kinds, tmp_pa
     assert process.returncode == 130
     assert "stopped; what was done is kept" in said
     assert not list(tmp_path.glob("hope-eval-*"))
+
+
+def test_a_turn_that_fails_ends_an_evaluation_with_a_sentence(monkeypatch):
+    def fails(*_):
+        raise Unreachable("nobody answers")
+
+    monkeypatch.setattr(command, "_row", fails)
+    asked = ["fresh"], [1], [0], False, ["memory"], 1, 0, None, "random", "none", [], None, 0
+    with pytest.raises(Refusal, match="this row with it: nobody answers"):
+        command.memory(None, *asked)
