@@ -58,7 +58,8 @@ class Held(StoreError):
 class Fenced(StoreError):
     def __init__(self, session: str) -> None:
         super().__init__(
-            f"session {session!r} has moved to another server; nothing of this turn was kept"
+            f"session {session!r} is no longer this server's: another took it, or its lease ran "
+            "out before it could be renewed; nothing of this turn was kept, send it again"
         )
         self.session = session
 

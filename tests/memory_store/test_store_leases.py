@@ -124,7 +124,7 @@ async def test_a_commit_after_another_acquired_is_fenced_even_at_the_right_versi
     await asyncio.sleep(0.1)
     new = await store.acquire(key, "b", seconds=30)
 
-    with pytest.raises(Fenced, match="moved to another server"):
+    with pytest.raises(Fenced, match="another took it, or its lease ran out"):
         await store.commit(old, change(put={"a": b"old"}), expected=0, commit_id="old")
 
     await store.commit(new, change(put={"a": b"new"}), expected=0, commit_id="new")
