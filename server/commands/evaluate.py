@@ -166,6 +166,10 @@ def memory(
         typer.Option(min=0, help="tokens of chat before the questions; again; default: 2,000"),
     ] = None,
     changing: Annotated[bool, typer.Option("--changing", help="half of the facts change")] = False,
+    common: Annotated[
+        bool,
+        typer.Option("--common", help="ask for common knowledge instead, as the base is asked"),
+    ] = False,
     contender: Annotated[
         list[str] | None,
         typer.Option(help="memory, nothing, context, retrieval; again; default: all"),
@@ -198,7 +202,8 @@ def memory(
             facts or [4],
             filler or [2000],
             changing,
-            contender or CONTENDERS,
+            common,
+            contender or (("memory", "nothing") if common else CONTENDERS),
             users,
             seed,
             kinds,

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from server.commands.trials import chats_of, keep, writable
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from clients.sync import Hope
+    from hope_runtime.evaluation.forget import Question
     from hope_runtime.evaluation.told import Fact, Person
     from hope_runtime.training.corpora import Chat
     from hope_runtime.training.told import Kind
@@ -41,6 +42,7 @@ class Row:
     facts: int
     filler: int  # tokens of chat between telling and asking
     changing: bool = False
+    common: bool = False  # what everybody knows is asked for, and nothing that was told
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Answer:
     person: int
     kind: str
     question: str
-    value: str | None  # None: it was never told
+    value: str | None  # None: it was never told; of common knowledge, what would be right
     changed: bool
     said: str
     verdict: str
@@ -63,6 +65,7 @@ def memory(
     facts: Sequence[int],
     fillers: Sequence[int],
     changing: bool,
+    common: bool,
     contenders: Sequence[str],
     users: int,
     seed: int,
@@ -77,12 +80,14 @@ def memory(
     from hope_runtime.evaluation.told import Part
 
     writable(to)
+    if common and "nothing" not in contenders:
+        raise Refusal("--common compares with the base: name --contender nothing as well")
     if unknown := sorted({*parts} - {*map(str, Part)}):
         raise Refusal(f"--part {unknown[0]!r}: there are {', '.join(Part)}")
     if unknown := sorted({*contenders} - {*CONTENDERS}):
         raise Refusal(f"--contender {unknown[0]!r}: there are {', '.join(CONTENDERS)}")
     rows = [
-        Row(part, count, filler, changing)
+        Row(part, count, filler, changing, common)
         for part in parts
         for count in facts
         for filler in fillers
@@ -90,7 +95,9 @@ def memory(
     people = {row: _people(row, users, seed, kinds) for row in rows}
     chats = chats_of(data)
     found: list[dict[str, Any]] = []
-    total = sum(2 * row.facts * users * len(contenders) for row in rows)
+    total = sum(len(list(_questions(person, row))) for row in rows for person in people[row]) * len(
+        contenders
+    )
     try:
         with progress(total) as report:
             done = 0
@@ -164,7 +171,7 @@ def _row(
                 threads.submit(_answer, hope, contender, i, person, question, fact)
                 for contender in contenders
                 for i, person in enumerate(people)
-                for question, fact in _questions(person)
+                for question, fact in _questions(person, row)
             ]
             for one in asked:
                 heard(one.result())
@@ -186,7 +193,13 @@ def _talking(server: Server) -> Iterator[tuple[Hope, ThreadPoolExecutor]]:
             threads.shutdown(cancel_futures=True)
 
 
-def _questions(person: Person) -> Iterator[tuple[str, Fact | str]]:
+def _questions(person: Person, row: Row) -> Iterator[tuple[str, Fact | Question | str]]:
+    from hope_runtime.evaluation.forget import common_knowledge
+
+    if row.common:
+        for known in common_knowledge():
+            yield known.text, known
+        return
     for fact in person.facts:
         yield fact.asked, fact
     for kind, question in person.untold:
@@ -212,9 +225,15 @@ def _tell(hope: Hope, number: int, person: Person, filler: Sequence[Chat]) -> No
 
 
 def _answer(
-    hope: Hope, contender: str, number: int, person: Person, question: str, about: Fact | str
+    hope: Hope,
+    contender: str,
+    number: int,
+    person: Person,
+    question: str,
+    about: Fact | Question | str,
 ) -> Answer:
-    from hope_runtime.evaluation.told import judge, retrieve
+    from hope_runtime.evaluation.forget import Question
+    from hope_runtime.evaluation.told import Fact, Verdict, judge, retrieve
     from server.wire import Mode
 
     told = [text for fact in person.facts for text in fact.told[:1]]
@@ -232,17 +251,16 @@ def _answer(
         lines = "".join(f"- {text}\n" for text in known)
         text = f"What I told you before:\n{lines}\n{question}" if lines else question
         reply = session.ask(text, mode=Mode.OFF, **options)
-    fact = None if isinstance(about, str) else about
-    return Answer(
-        contender,
-        number,
-        about if isinstance(about, str) else about.kind,
-        question,
-        fact.value if fact else None,
-        bool(fact and fact.changed),
-        reply.text,
-        str(judge(reply.text, person, fact)),
-    )
+    value: str | None
+    if isinstance(about, Question):
+        verdict = Verdict.RIGHT if about.right(reply.text) else Verdict.WRONG
+        kind, value = "common knowledge", about.accepted[0]
+    else:
+        fact = about if isinstance(about, Fact) else None
+        verdict = judge(reply.text, person, fact)
+        kind, value = (fact.kind, fact.value) if fact else (str(about), None)
+    changed = isinstance(about, Fact) and about.changed
+    return Answer(contender, number, kind, question, value, changed, reply.text, str(verdict))
 
 
 # --- shown ------------------------------------------------------------------------------------
@@ -250,20 +268,49 @@ def _answer(
 
 def _about(row: Row) -> str:
     changed = ", half of them changed" if row.changing else ""
-    return f"{row.facts} facts{changed}, {row.filler:,} tokens later, {row.part}"
+    asked = "; common knowledge" if row.common else ""
+    return f"{row.facts} facts{changed}, {row.filler:,} tokens later, {row.part}{asked}"
 
 
 _COLUMNS = ("row", "contender", "right", "95 %", "wrong", "changed", "untold kept", "95 %", "n")
+_COMMON = ("row", "contender", "right", "of the base's kept", "95 %", "in the same words", "n")
 
 
 def _show(found: Sequence[dict[str, Any]], contenders: Sequence[str]) -> None:
-    rows = []
+    rows: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
     for kept in found:
-        row = Row(**{name: kept[name] for name in ("part", "facts", "filler", "changing")})
+        row = Row(**{name: kept[name] for name in Row.__dataclass_fields__})
+        answers = [Answer(**a) for a in kept["answers"]]
         for contender in contenders:
-            answers = [Answer(**a) for a in kept["answers"] if a["contender"] == contender]
-            rows.append((_about(replace(row)), contender, *_figures(answers)))
-    out.print(table(_COLUMNS, rows))
+            ours = [each for each in answers if each.contender == contender]
+            if row.common:
+                base = [each for each in answers if each.contender == "nothing"]
+                figures = _kept(ours, base)
+            else:
+                figures = _figures(ours)
+            rows[row.common].append((_about(row), contender, *figures))
+    for common, columns in ((False, _COLUMNS), (True, _COMMON)):
+        if rows[common]:
+            out.print(table(columns, rows[common]))
+
+
+def _kept(ours: Sequence[Answer], base: Sequence[Answer]) -> tuple[str, ...]:
+    """Compare answers with those of the base to the same questions."""
+    from hope_runtime.evaluation.told import interval
+
+    right = sum(each.verdict == "right" for each in ours)
+    pairs = list(zip(ours, base, strict=True))
+    able = [mine for mine, its in pairs if its.verdict == "right"]
+    kept = sum(each.verdict == "right" for each in able)
+    low, high = interval(kept, len(able))
+    same = sum(mine.said == its.said for mine, its in pairs)
+    return (
+        f"{right / len(ours):.1%}",
+        f"{kept / len(able):.1%}" if able else "-",
+        f"{low:.0%} to {high:.0%}",
+        f"{same / len(ours):.1%}",
+        str(len(ours)),
+    )
 
 
 def _figures(answers: Sequence[Answer]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from clients.errors import Unreachable
+from hope_runtime.evaluation.forget import common_knowledge
 from hope_runtime.weights.memory_layer import read_layer
 from server.cli import app
 from server.commands import memory as command
@@ -118,11 +119,29 @@ def test_people_are_asked_through_a_server_that_was_killed(trained, kinds, tmp_p
     assert "2 facts, half of them changed, 60 tokens later, fresh" in done.stdout
 
 
+def test_common_knowledge_is_asked_for_beside_the_base(trained, kinds, tmp_path):
+    to = tmp_path / "memory.json"
+    done = typed(
+        *("eval", "memory", "--model", "random", "--memory-layer", trained, "--kinds", kinds),
+        *("--part", "fresh", "--users", 1, "--facts", 2, "--filler", 0, "--common"),
+        *("--serve", "--threads", "--serve", "1", "--out", to),
+    )
+    assert done.exit_code == 0, done.output
+    [row] = json.loads(to.read_text())
+    by = {
+        contender: [each["question"] for each in row["answers"] if each["contender"] == contender]
+        for contender in ("memory", "nothing")
+    }
+    assert by["memory"] == by["nothing"] == [known.text for known in common_knowledge()]
+    assert "of the base's kept" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (["--part", "all"], "--part 'all': there are phrasings"),
         (["--contender", "mem0"], "--contender 'mem0': there are memory"),
+        (["--common", "--contender", "memory"], "name --contender nothing as well"),
         (["--kinds", "nowhere.toml"], "nowhere.toml"),
         (["--facts", "1000"], "1000 facts cannot be drawn"),
     ],
@@ -172,6 +191,6 @@ def test_a_turn_that_fails_ends_an_evaluation_with_a_sentence(monkeypatch):
         raise Unreachable("nobody answers")
 
     monkeypatch.setattr(command, "_row", fails)
-    asked = ["fresh"], [1], [0], False, ["memory"], 1, 0, None, "random", "none", [], None, 0
+    asked = ["fresh"], [1], [0], False, False, ["memory"], 1, 0, None, "random", "none", [], None, 0
     with pytest.raises(Refusal, match="this row with it: nobody answers"):
         command.memory(None, *asked)
