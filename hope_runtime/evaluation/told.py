@@ -37,7 +37,8 @@ class Part(StrEnum):
     PHRASES = "phrasings"  # held-out ways to tell and to ask, held-out values
     TYPES = "types"  # kinds of facts that were never trained on
     FIRST = "value first"  # held-out ways to tell that name the value before what it is
-    FRESH = "fresh"  # phrasings written after the layer was trained
+    FRESH = "fresh"  # phrasings by people who had seen nothing of training's
+    ROUNDABOUT = "roundabout"  # the same, by others, who were asked to go round the subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,12 @@ class Person:
     untold: tuple[tuple[str, str], ...]  # kind and question of what is never told
 
 
-def fresh_kinds() -> tuple[Kind, ...]:
-    """Return kinds in words that their writer chose without having seen those of training."""
-    return read([Path(__file__).with_name("fresh.toml")])
+BLIND = (Part.FRESH, Part.ROUNDABOUT)
+
+
+def blind_kinds(part: Part) -> tuple[Kind, ...]:
+    """Return kinds in words that their writers chose without having seen those of training."""
+    return read([Path(__file__).with_name(f"{part}.toml")])
 
 
 class Verdict(StrEnum):
@@ -87,7 +91,7 @@ def usable(kinds: Sequence[Kind], part: Part) -> list[Kind]:
         new = held_out_kind(kind.name)
         kept: Kind | None
         match part:
-            case Part.FRESH:
+            case Part.FRESH | Part.ROUNDABOUT:
                 kept = kind
             case Part.TYPES:
                 kept = kind if new else None

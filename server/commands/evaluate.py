@@ -154,8 +154,8 @@ def memory(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="what is kept from training: phrasings, types, 'value first', fresh; again "
-            "for more; default: phrasings"
+            help="what is kept from training: phrasings, types, 'value first', fresh, roundabout; "
+            "again for more; default: phrasings"
         ),
     ] = None,
     facts: Annotated[

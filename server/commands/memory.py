@@ -128,13 +128,14 @@ def memory(
 
 
 def _people(row: Row, users: int, seed: int, file: Path | None) -> list[Person]:
-    from hope_runtime.evaluation.told import Part, fresh_kinds, people, usable
+    from hope_runtime.evaluation.told import BLIND, Part, blind_kinds, people, usable
     from hope_runtime.training.told import kinds, read
 
     try:
-        ours = fresh_kinds() if row.part == Part.FRESH else kinds()
+        part = Part(row.part)
+        ours = blind_kinds(part) if part in BLIND else kinds()
         known: Sequence[Kind] = read([file]) if file else ours
-        left = usable(known, Part(row.part))
+        left = usable(known, part)
         return people(left, row.facts, users, seed, changing=row.changing)
     except (OSError, ValueError) as error:
         raise Refusal(str(error)) from error

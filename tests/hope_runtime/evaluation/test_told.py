@@ -2,7 +2,9 @@
 
 import re
 
-from hope_runtime.evaluation.told import fresh_kinds
+import pytest
+
+from hope_runtime.evaluation.told import BLIND, Part, blind_kinds
 from hope_runtime.training.told import kinds
 
 
@@ -11,16 +13,20 @@ def plain(text):
     return re.sub(r"[^a-z0-9{}]+", " ", text.lower().replace("'", "")).strip()
 
 
-def test_no_fresh_phrasing_stands_in_training():
+@pytest.mark.parametrize("part", BLIND)
+def test_no_blind_phrasing_stands_in_training(part):
     trained = {plain(text) for kind in kinds() for text in (*kind.tells, *kind.updates, *kind.asks)}
-    fresh = [text for kind in fresh_kinds() for text in (*kind.tells, *kind.updates, *kind.asks)]
-    assert len(fresh) > 480
-    assert not trained & {plain(text) for text in fresh}
+    blind = [
+        text for kind in blind_kinds(part) for text in (*kind.tells, *kind.updates, *kind.asks)
+    ]
+    assert len(blind) > 480
+    assert not trained & {plain(text) for text in blind}
 
 
-def test_every_fresh_kind_can_be_told_and_asked_for():
-    every = fresh_kinds()
-    assert len(every) == 119
+@pytest.mark.parametrize(("part", "count"), [(Part.FRESH, 116), (Part.ROUNDABOUT, 119)])
+def test_every_blind_kind_can_be_told_and_asked_for(part, count):
+    every = blind_kinds(part)
+    assert len(every) == count
     for kind in every:
         assert min(len(kind.tells), len(kind.asks), len(kind.values) - 1) > 0, kind.name
         assert all(text.count("{}") == 1 for text in (*kind.tells, *kind.updates)), kind.name
