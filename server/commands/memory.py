@@ -278,21 +278,17 @@ _COMMON = ("row", "contender", "right", "of the base's kept", "95 %", "in the sa
 
 
 def _show(found: Sequence[dict[str, Any]], contenders: Sequence[str]) -> None:
-    rows: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
+    rows = []
+    common = any(kept["common"] for kept in found)
     for kept in found:
         row = Row(**{name: kept[name] for name in Row.__dataclass_fields__})
         answers = [Answer(**a) for a in kept["answers"]]
+        base = [each for each in answers if each.contender == "nothing"]
         for contender in contenders:
             ours = [each for each in answers if each.contender == contender]
-            if row.common:
-                base = [each for each in answers if each.contender == "nothing"]
-                figures = _kept(ours, base)
-            else:
-                figures = _figures(ours)
-            rows[row.common].append((_about(row), contender, *figures))
-    for common, columns in ((False, _COLUMNS), (True, _COMMON)):
-        if rows[common]:
-            out.print(table(columns, rows[common]))
+            figures = _kept(ours, base) if common else _figures(ours)
+            rows.append((_about(row), contender, *figures))
+    out.print(table(_COMMON if common else _COLUMNS, rows))
 
 
 def _kept(ours: Sequence[Answer], base: Sequence[Answer]) -> tuple[str, ...]:
