@@ -58,7 +58,7 @@ def read_layer(path: Path) -> MemoryLayer:
         raise CheckpointError(
             f"{file}: not a memory layer: {error}; make one with hope train memory"
         ) from error
-    digest = hashlib.sha256(about["config"].encode())
+    digest = hashlib.sha256(json.dumps(config.writing).encode())  # thresholds may be set anew
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
     return MemoryLayer(

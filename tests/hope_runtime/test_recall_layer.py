@@ -407,6 +407,19 @@ def test_a_layer_is_read_as_it_was_written(tmp_path, checkpoint, weights):
         require_fit(layer, wider, "base@1", where=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "reads"),
+    [({"knows": 0.5, "ends": 9.0, "asks": 2.0}, True), ({"floor": 0.3}, False)],
+)
+def test_what_was_written_outlives_thresholds_set_anew(tmp_path, weights, changed, reads):
+    digests = set()
+    for name, config in (("a", CONFIG), ("b", replace(CONFIG, **changed))):
+        (tmp_path / name).mkdir()
+        write_layer(tmp_path / name / "layer.safetensors", "base@1", config, weights)
+        digests.add(read_layer(tmp_path / name).config.digest)
+    assert (len(digests) == 1) is reads
+
+
 def test_what_is_no_layer_is_refused(tmp_path):
     (tmp_path / "layer.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"not a memory layer.*hope train memory"):
