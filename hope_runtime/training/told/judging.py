@@ -16,7 +16,7 @@ from torch import Tensor
 from hope_runtime.config import RecallConfig
 from hope_runtime.layers import recall
 from hope_runtime.layers.recall import NOTHING
-from hope_runtime.training.told.drawing import NONE, VALUE, Drawn, Pool, Stage
+from hope_runtime.training.told.drawing import VALUE, Drawn, Pool, Stage
 from hope_runtime.training.told.learn import losses, meet, remember
 
 INVENTED = 0.08  # share of what was never told that may be answered
@@ -79,40 +79,40 @@ def calibrated(
 ) -> RecallConfig:
     """Return the configuration whose thresholds suit what a layer does with held-out facts.
 
-    It answers eight of a hundred of what was never told (`INVENTED`), and ends where the fewest of
-    all answers end too soon or too late: by how much the likeliest token leads before a full stop;
-    after a digit by how much more. `decoded` is the text of every token.
+    It answers eight of a hundred of what was never told (`INVENTED`). The answers that it does give
+    end where the fewest end too soon or too late: by how much the likeliest token leads before a
+    full stop; after a digit by how much more. `decoded` is the text of every token.
     """
     config = replace(config, floor=FLOOR)
     stop = decoded.index(".")
     number = torch.tensor([text[-1:].isdigit() for text in decoded], device=embedding.device)
     rng = np.random.default_rng(seed)
     untold: list[Tensor] = []
-    goes_on: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether a digit was said last
-    ends: dict[bool, list[Tensor]] = {True: [], False: []}
+    places: list[Tensor] = []  # after a value's first token: lead, known, digit before, goes on
     for _ in range(6 * BATCHES):
         batch = pool.draw(rng, SESSIONS, _MORE)
         alike, known = _alike(config, weights, batch, embedding)
-        looked = batch.look != NOTHING
         untold.append(known[~batch.known])
-        logits = batch.hidden[looked] @ embedding.T
-        lead = torch.full(looked.shape, torch.nan, device=looked.device)
-        lead[looked] = recall.recalled(weights, logits, alike[looked]).amax(-1) - logits[:, stop]
-        begun = torch.arange(looked.shape[1], device=looked.device) > batch.first[:, None]
-        last = number[batch.target.roll(1, 1).clamp(min=0)]
-        for digit in (True, False):
-            here = begun & (last == digit)
-            goes_on[digit].append(lead[here & (batch.look == VALUE)])
-            ends[digit].append(lead[here & (batch.look == NONE) & batch.known[:, None]])
+        begun = torch.arange(batch.look.shape[1], device=known.device) > batch.first[:, None]
+        here = begun & (batch.look != NOTHING) & batch.known[:, None]
+        said = batch.target.roll(1, 1)[here]
+        digit = number[said]
+        ours, rows = alike[here], torch.arange(len(said), device=known.device)
+        ours[rows[~digit], said[~digit]] = -1.0  # as when it is served: none is said twice
+        logits = batch.hidden[here] @ embedding.T
+        lead = recall.recalled(weights, logits, ours).amax(-1) - logits[:, stop]
+        of = known[:, None].expand_as(here)[here]
+        places.append(torch.stack([lead, of, digit, batch.look[here] == VALUE], 1))
     seen = torch.cat(untold)
     if not len(seen):
         return config
-    words, digits = (
-        round(_between(torch.cat(ends[digit]), torch.cat(goes_on[digit])), 4)
-        for digit in (False, True)
-    )
     knows = round(float(seen.quantile(1.0 - INVENTED)), 4)
-    return replace(config, knows=knows, ends=words, digits=digits)
+    lead, known, digits, goes_on = torch.cat(places).unbind(1)
+    words, numbers = (
+        round(_between(lead[of & (goes_on == 0)], lead[of & (goes_on == 1)]), 4)
+        for of in ((known > knows) & (digits == digit) for digit in (0, 1))
+    )
+    return replace(config, knows=knows, ends=words, digits=numbers)
 
 
 def _between(low: Tensor, high: Tensor) -> float:
