@@ -19,11 +19,11 @@ def test_no_blind_phrasing_stands_in_training(part):
     blind = [
         text for kind in blind_kinds(part) for text in (*kind.tells, *kind.updates, *kind.asks)
     ]
-    assert len(blind) > 480
+    assert len(blind) > 400
     assert not trained & {plain(text) for text in blind}
 
 
-@pytest.mark.parametrize(("part", "count"), [(Part.FRESH, 116), (Part.ROUNDABOUT, 119)])
+@pytest.mark.parametrize(("part", "count"), [(Part.FRESH, 116), (Part.ROUNDABOUT, 90)])
 def test_every_blind_kind_can_be_told_and_asked_for(part, count):
     every = blind_kinds(part)
     assert len(every) == count
