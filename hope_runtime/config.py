@@ -229,11 +229,6 @@ class MemoryConfig:
             raise ConfigError("adaptive_query needs the form 'hope': Titans' queries are static")
 
 
-ANSWERING = frozenset(
-    {"digest", "asks", "knows", "ends", "digits", "maybe", "opening", "unknown"}
-)  # fields of a memory layer that say how it answers, and its name
-
-
 @dataclass(frozen=True, slots=True)
 class RecallConfig:
     """The memory layer beside a pre-trained base (`layers/recall.py`)."""
@@ -251,6 +246,7 @@ class RecallConfig:
     hidden: int = 192
     floor: float = 0.02  # rates below it are none
     digest: str = ""  # names the trained layer: what it wrote, no other can read
+    formerly: tuple[str, ...] = ()  # other names that it wrote under
     # from here on: how answers are given, which may change without touching what was written
     asks: float = 0.0  # the logit from which a question is one about the user
     knows: float = 0.25  # and how `familiar` what was read has to be, to be an answer
@@ -268,16 +264,11 @@ class RecallConfig:
                 f"memory layer: {self.heads} heads do not divide a width of {self.attention}"
             )
 
-    @property
-    def writing(self) -> dict[str, Any]:
-        """What a stored session depends on, beside the tensors: all that is no way to answer."""
-        every = asdict(self)
-        return {name: every[name] for name in every if name not in ANSWERING}
-
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> RecallConfig:
         """Return the configuration that was written as JSON."""
-        return cls(**{**fields, "taps": tuple(fields["taps"])})
+        tuples = {"taps": fields["taps"], "formerly": fields.get("formerly", ())}
+        return cls(**{**fields, **{name: tuple(value) for name, value in tuples.items()}})
 
 
 @dataclass(frozen=True, slots=True)

@@ -343,7 +343,7 @@ def _facts(blobs: Mapping[str, bytes], digest: str, config: HopeConfig) -> Facts
             "the session holds facts of a memory layer, and this model has none; serve it with "
             "the layer that it was written by"
         )
-    if digest != config.recall.digest:
+    if digest not in (config.recall.digest, *config.recall.formerly):
         raise StateError(
             f"the session's facts were written by memory layer {digest!r}, and this model has "
             f"{config.recall.digest!r}; serve it with the layer that it was written by"

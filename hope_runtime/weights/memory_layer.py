@@ -22,6 +22,10 @@ from hope_runtime.layers import recall
 from hope_runtime.weights.checkpoint import CheckpointError
 
 FILE = "layer.safetensors"
+# fields of its configuration that may be set anew: what sessions hold does not depend on them
+ANSWERING = {
+    "digest", "formerly", "asks", "knows", "ends", "digits", "maybe", "opening", "unknown"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,14 @@ def read_layer(path: Path) -> MemoryLayer:
         with safe_open(file, framework="pt") as opened:
             about: dict[str, str] = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        base, config = about["base"], RecallConfig.from_json(json.loads(about["config"]))
+        base, fields = about["base"], json.loads(about["config"])
+        config = RecallConfig.from_json(fields)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file}: not a memory layer: {error}; make one with hope train memory"
         ) from error
-    digest = hashlib.sha256(json.dumps(config.writing).encode())  # thresholds may be set anew
+    writing = {name: value for name, value in fields.items() if name not in ANSWERING}
+    digest = hashlib.sha256(json.dumps(writing).encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
     return MemoryLayer(

@@ -299,6 +299,8 @@ def test_facts_of_another_layer_are_refused(model, checkpoint):
     other = replace(model.config, recall=replace(CONFIG, digest="two"))
     with pytest.raises(StateError, match="memory layer 'one', and this model has 'two'"):
         restore(facts, blobs, other, model.dtype)
+    renamed = replace(model.config, recall=replace(CONFIG, digest="two", formerly=("zero", "one")))
+    assert torch.equal(restore(facts, blobs, renamed, model.dtype).facts.matrix, state.facts.matrix)
     with pytest.raises(StateError, match="this model has none"):
         restore(facts, blobs, replace(model.config, recall=None), model.dtype)
     with pytest.raises(StateError, match="facts"):
@@ -409,14 +411,16 @@ def test_a_layer_is_read_as_it_was_written(tmp_path, checkpoint, weights):
 
 @pytest.mark.parametrize(
     ("changed", "reads"),
-    [({"knows": 0.5, "ends": 9.0, "asks": 2.0}, True), ({"floor": 0.3}, False)],
+    [({"knows": 0.5, "asks": 2.0, "formerly": ("zero",)}, True), ({"floor": 0.3}, False)],
 )
 def test_what_was_written_outlives_thresholds_set_anew(tmp_path, weights, changed, reads):
     digests = set()
     for name, config in (("a", CONFIG), ("b", replace(CONFIG, **changed))):
         (tmp_path / name).mkdir()
         write_layer(tmp_path / name / "layer.safetensors", "base@1", config, weights)
-        digests.add(read_layer(tmp_path / name).config.digest)
+        read = read_layer(tmp_path / name).config
+        assert replace(read, digest="one") == config
+        digests.add(read.digest)
     assert (len(digests) == 1) is reads
 
 
