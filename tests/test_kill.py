@@ -225,6 +225,7 @@ def test_a_server_that_is_told_to_stop_mid_turn_lets_go_of_the_session(serve, tm
         version = Talk(server).settled()["version"]
         other = serve(*store, HOPE_SERVER_ID="b").greeted()
         for round in range(64):  # the tiny model ends some replies by itself
+            Talk(server).settled()  # what they are learned into is a version, too
             with Talk(server).stream(f"tell me more {round}", most=4000) as events:
                 for _ in range(6):
                     kind = next(events)["type"]
