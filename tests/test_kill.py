@@ -225,7 +225,6 @@ def test_a_server_that_is_told_to_stop_mid_turn_lets_go_of_the_session(serve, tm
         version = Talk(server).settled()["version"]
         other = serve(*store, HOPE_SERVER_ID="b").greeted()
         for round in range(64):  # the tiny model ends some replies by itself
-            Talk(server).settled()  # what they are learned into is a version, too
             with Talk(server).stream(f"tell me more {round}", most=4000) as events:
                 for _ in range(6):
                     kind = next(events)["type"]
@@ -241,11 +240,14 @@ def test_a_server_that_is_told_to_stop_mid_turn_lets_go_of_the_session(serve, tm
 
         assert last["error"]["code"] == "draining"
         assert lease_of(redis, "ada") is None
-        assert last["memory"]["base_version"] >= version
+        # what earlier turns are learned into may have come after, and is a version, too
+        kept = Talk(other).version()
+        assert kept >= last["memory"]["base_version"] >= version
+        assert f"tell me more {round}" not in str(Talk(other).transcript())
         began = time.monotonic()
         taken = Talk(other).turn("who am I?")
         assert taken["memory"]["outcome"] == "committed"
-        assert taken["memory"]["base_version"] == last["memory"]["base_version"]
+        assert taken["memory"]["base_version"] == kept
         assert time.monotonic() - began < 5, "nobody waits for the lease of who let go"
         assert "Traceback" not in server.errors + other.errors
 
